@@ -1,0 +1,5032 @@
+"""fabrik-daemon: the local control plane beside the user of fabrik's Kubernetes clusters.
+
+It watches Jobs, CronJobs, Pods, PersistentVolumeClaims and Events on every configured cluster, derives the state of
+every run, mirrors it into a SQLite cache that also answers offline, and serves it to commands and subscribers. It only
+ever reads the clusters.
+
+Data flows one way, and nothing calls back to the left:
+
+    API server -> Stream -> HTTP codec -> Watch decoding -> Watch machine -> Projection -> Store -> Bus   -> Server
+                                                                                                 -> Cache -> cache.db
+
+The sections, top to bottom. Each uses its own names and those above it. The core takes bytes and time as arguments and
+returns values; the shell owns the sockets, the clocks, the files and the threads.
+
+Core:
+    Limits                sizes, timeouts, intervals, each with its unit and its reason
+    Errors                one hierarchy, each with its exit code and HTTP status
+    Vocabulary            the few types that several sections share
+    Text and time         RFC 3339, durations, quantities, ULIDs, safe access to JSON
+    Settings              flags, environment and files -> frozen settings
+    Kubeconfig            which contexts are fabrik clusters, and what a connection needs
+    Projection: reports   what Smithers says of its run, in every dialect
+    Projection: objects   Kubernetes objects -> facts
+    Projection: rows      facts -> rows: the status table, schedules, volumes, warnings
+    Store: rows           the rows known now; differences -> numbered changes
+    Store: runs           which objects make up which run
+    Store                 what was seen -> what it changes
+    Schema                DDL, migrations, statements, row <-> values, the SQL authorizer
+    HTTP                  the client side over h11: bytes in, messages out
+    Watch decoding        byte lines -> events, list pages, Status objects
+    Watch machine         list, watch, bookmark, expire, back off -> actions
+    Views                 rows -> table or json; where hostile text is made safe
+Shell:
+    Reactor               selectors loop, timers, wake-up, a small pool for what blocks
+    Streams               non-blocking TCP and TLS
+    Cache                 the one thread that writes SQLite, and its readers
+    Credentials           the helper process around kubernetes.config
+    Watcher               drives one Watch machine over one Stream
+    Daemon                composition root: settings -> parts; signals, orderly stop
+    Commands: reading     one function per command
+    Commands: daemon and clusters
+    Command line          parser, main
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import re
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta, timezone
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Final,
+    NamedTuple,
+    NoReturn,
+    Protocol,
+    TextIO,
+    TypeVar,
+    Union,
+)
+
+if TYPE_CHECKING:
+    import argparse
+    import base64
+    import concurrent.futures
+    import contextlib
+    import difflib
+    import errno
+    import fcntl
+    import heapq
+    import itertools
+    import logging
+    import logging.handlers
+    import queue
+    import random
+    import resource
+    import selectors
+    import shutil
+    import signal
+    import socket
+    import sqlite3
+    import ssl
+    import stat
+    import subprocess
+    import tempfile
+    import threading
+    import traceback
+    import unicodedata
+    import urllib.parse
+    import uuid
+    import zlib
+    import zoneinfo
+
+    import cronsim
+    import h11
+    import kubernetes
+    import yaml
+else:
+
+    class _Lazy:
+        """A module that is imported when it is first used: a command pays for what it needs and for nothing else."""
+
+        def __init__(self, name):
+            self._name = name
+
+        def __getattr__(self, attribute):
+            __import__(self._name)
+            top = self._name.partition(".")[0]
+            globals()[top] = sys.modules[top]
+            return getattr(sys.modules[top], attribute)
+
+    argparse = _Lazy("argparse")
+    base64 = _Lazy("base64")
+    concurrent = _Lazy("concurrent.futures")
+    contextlib = _Lazy("contextlib")
+    cronsim = _Lazy("cronsim")  # the next run of a schedule, in its time zone
+    difflib = _Lazy("difflib")
+    errno = _Lazy("errno")
+    fcntl = _Lazy("fcntl")
+    h11 = _Lazy("h11")  # HTTP/1.1
+    heapq = _Lazy("heapq")
+    itertools = _Lazy("itertools")
+    kubernetes = _Lazy("kubernetes")  # kubeconfigs: contexts, certificates, tokens, exec and OIDC plugins
+    logging = _Lazy("logging.handlers")
+    queue = _Lazy("queue")
+    random = _Lazy("random")
+    resource = _Lazy("resource")
+    selectors = _Lazy("selectors")
+    shutil = _Lazy("shutil")
+    signal = _Lazy("signal")
+    socket = _Lazy("socket")
+    sqlite3 = _Lazy("sqlite3")
+    ssl = _Lazy("ssl")
+    stat = _Lazy("stat")
+    subprocess = _Lazy("subprocess")
+    tempfile = _Lazy("tempfile")
+    threading = _Lazy("threading")
+    traceback = _Lazy("traceback")
+    unicodedata = _Lazy("unicodedata")
+    urllib = _Lazy("urllib.parse")
+    uuid = _Lazy("uuid")
+    yaml = _Lazy("yaml")  # config.yaml, clusters.yaml, kubeconfigs
+    zlib = _Lazy("zlib")
+    zoneinfo = _Lazy("zoneinfo")
+
+# ======================================================================================================================
+# Core: values in, values out
+# ======================================================================================================================
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Limits
+# ----------------------------------------------------------------------------------------------------------------------
+
+__version__ = "0.1.0"
+
+TEXT_MAX_CHARS: Final = 4096  # one reported value; an annotation may hold 256 KiB of anything
+INT_MAX: Final = 2**63 - 1  # SQLite's integers end here, and a larger one fails the whole batch
+JSON_MAX_CHARS: Final = 65536  # a report is some hundred bytes; what is larger is not one
+LIST_PAGE_ITEMS: Final = 500  # client-go's page size: about 2.5 MB of Pods
+ITEM_MAX_BYTES: Final = 16 * 2**20  # etcd refuses objects above 1.5 MB; beyond this a stream is garbage
+HEADERS_MAX_BYTES: Final = 64 * 1024
+REFUSAL_MAX_BYTES: Final = 64 * 1024  # a Status object has some hundred bytes
+READ_BYTES: Final = 256 * 1024  # what one callback takes from one socket before others get their turn
+CALLBACK_S: Final = 0.005  # the longest that decoding may hold the loop at a time
+WATCH_TIMEOUT_MIN_S: Final = 300  # client-go asks for a random 5 to 10 minutes, so that ends do not coincide
+EMPTY_WATCH_S: Final = 1.0  # a watch that ends sooner and told nothing counts as a failure
+BATCH_OPERATIONS: Final = 100  # the spec's batch
+SEQ_BLOCK: Final = 10_000  # sequence numbers reserved at once, so that a crash never reissues one
+QUERY_ROWS: Final = 10_000
+QUERY_MEMORY_BYTES: Final = 512 * 2**20
+RUN_EVENTS_SHOWN: Final = 1000
+MISSED_MAX: Final = 100  # a schedule that missed more than this is simply off
+POOL_THREADS: Final = 4  # name look-ups and helper processes; each cluster needs one at a time
+LOG_RING_LINES: Final = 2000
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class FabrikError(Exception):
+    """What a person can be told in one line; `hint` says what to do about it."""
+
+    exit_code = 1
+    http_status = 500
+    code = "failed"
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}: {self.hint}" if self.hint else self.message
+
+
+class UsageError(FabrikError):
+    """A command or request that cannot be meant."""
+
+    exit_code, http_status, code = 2, 400, "bad_request"
+
+
+class ConfigError(UsageError):
+    """A file of settings that cannot be used; the message begins with file and line."""
+
+
+class NotFoundError(FabrikError):
+    """No such run or cluster."""
+
+    exit_code, http_status, code = 3, 404, "not_found"
+
+
+class UnreachableError(FabrikError):
+    """A cluster that was asked did not answer."""
+
+    exit_code, http_status, code = 5, 504, "unreachable"
+
+
+class CacheError(FabrikError):
+    """The cache cannot be read or written."""
+
+    exit_code, http_status, code = 1, 503, "cache"
+
+
+class AlreadyRunningError(FabrikError):
+    """Another process holds this cache's lock."""
+
+    exit_code, http_status, code = 1, 409, "already_running"
+
+
+class ProtocolError(FabrikError):
+    """A peer sent what its protocol does not allow; the connection is of no use any more."""
+
+    exit_code, http_status, code = 5, 502, "protocol"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Vocabulary
+# ----------------------------------------------------------------------------------------------------------------------
+
+JsonObject = dict[str, Any]
+Values = tuple[Any, ...]
+
+PENDING: Final = "pending"
+RUNNING: Final = "running"
+BLOCKED: Final = "blocked"
+FINISHED: Final = "finished"
+FAILED: Final = "failed"
+CANCELLED: Final = "cancelled"
+STATUSES: Final = (PENDING, RUNNING, BLOCKED, FINISHED, FAILED, CANCELLED)
+TERMINAL: Final = frozenset((FINISHED, FAILED, CANCELLED))
+UNKNOWN: Final = "unknown"  # how a NULL status is shown
+
+
+class Resource(NamedTuple):
+    """One watched resource: its plural name and the root of its API group."""
+
+    name: str
+    root: str
+
+    def path(self, namespace: str) -> str:
+        """Return the collection's path; an empty namespace means all of them."""
+        return f"{self.root}/namespaces/{namespace}/{self.name}" if namespace else f"{self.root}/{self.name}"
+
+
+JOBS: Final = Resource("jobs", "/apis/batch/v1")
+CRONJOBS: Final = Resource("cronjobs", "/apis/batch/v1")
+PODS: Final = Resource("pods", "/api/v1")
+VOLUMES: Final = Resource("persistentvolumeclaims", "/api/v1")
+EVENTS: Final = Resource("events", "/api/v1")
+RESOURCES: Final = (JOBS, CRONJOBS, PODS, VOLUMES, EVENTS)
+
+
+class Run(NamedTuple):
+    """A row of `runs`: the spec's columns, then ours. Times are RFC 3339 in UTC."""
+
+    run_id: str
+    cluster: str
+    namespace: str
+    status: str | None = None
+    current_task: str | None = None
+    task_status: str | None = None
+    progress_finished: int | None = None
+    progress_total: int | None = None
+    spec_id: str | None = None
+    template: str | None = None
+    created_at: str | None = None
+    updated_at: str | None = None  # when the cluster last had something new to say of it
+    last_sync_at: str | None = None  # when the row was written
+    id: str | None = None
+    project: str | None = None
+    phase: str | None = None
+    task_attempt: int | None = None
+    iteration: int | None = None
+    heartbeat_at: str | None = None
+    reason: str | None = None
+    job_name: str | None = None
+    job_uid: str | None = None
+    pod_name: str | None = None
+    schedule_id: str | None = None
+    started_at: str | None = None
+    finished_at: str | None = None
+    deleted_at: str | None = None
+
+
+class Schedule(NamedTuple):
+    """A row of `schedules`: one CronJob."""
+
+    cluster: str
+    namespace: str
+    name: str
+    schedule_id: str | None = None
+    schedule: str | None = None
+    time_zone: str | None = None
+    suspended: int = 0
+    active: int = 0
+    created_at: str | None = None
+    last_run_at: str | None = None
+    last_success_at: str | None = None
+    next_run_at: str | None = None
+    missed: int = 0
+
+
+class Volume(NamedTuple):
+    """A row of `volumes`: one PersistentVolumeClaim."""
+
+    cluster: str
+    namespace: str
+    name: str
+    run_id: str | None = None
+    phase: str | None = None
+    capacity_bytes: int | None = None
+    storage_class: str | None = None
+    created_at: str | None = None
+    deleted_at: str | None = None
+
+
+class ClusterEvent(NamedTuple):
+    """A row of `cluster_events`: one Warning Event, counted."""
+
+    cluster: str
+    namespace: str
+    name: str
+    uid: str | None = None
+    run_id: str | None = None
+    object_kind: str | None = None
+    object_name: str | None = None
+    reason: str | None = None
+    message: str | None = None
+    count: int = 1  # type: ignore[assignment]  # hides tuple.count, which nobody wants
+    first_at: str | None = None
+    last_at: str | None = None
+
+
+Row = Union[Run, Schedule, Volume, ClusterEvent]
+
+
+class Scope(NamedTuple):
+    """What one watch covers: a resource of a cluster, in one namespace or (empty) in all."""
+
+    cluster: str
+    resource: str
+    namespace: str
+
+
+class Change(NamedTuple):
+    """One difference between what was known and what is known; `row` is the new row, or the last one of a removal."""
+
+    seq: int
+    type: str  # run:added, schedule:updated, volume:removed, warning, ...
+    row: Row
+    previous: Row | None
+    at: str
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text and time
+# ----------------------------------------------------------------------------------------------------------------------
+
+_TIME = re.compile(
+    r"(\d{4})-(\d\d)-(\d\d)[Tt ](\d\d):(\d\d):(\d\d)(?:\.(\d+))?([Zz]|[+-]\d\d:?\d\d)", re.ASCII
+)  # RFC 3339, section 5.6
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|w)", re.ASCII)
+_DURATION_UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+_QUANTITY = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(?:[eE]([+-]?\d{1,2})|([KMGTPE]i|[numkMGTPE]))?", re.ASCII)
+_QUANTITY_UNITS: Final = {
+    **{unit: 1000.0**power for power, unit in ((-3, "n"), (-2, "u"), (-1, "m"), *enumerate("kMGTPE", 1))},
+    **{unit + "i": 1024**power for power, unit in enumerate("KMGTPE", 1)},
+}
+_ULID = r"[0-7][0-9a-hjkmnp-tv-z]{25}"
+_ULID_NAMES = re.compile(rf"(?:data-)?fabrik-({_ULID})(?:-.+)?|run-({_ULID})-workspace", re.ASCII)
+
+
+def epoch_of(text: object) -> float | None:
+    """Return the seconds since 1970 of an RFC 3339 time, None where it is none."""
+    match = _TIME.fullmatch(text) if isinstance(text, str) and len(text) < 64 else None
+    if match is None:
+        return None
+    zone = match[8]
+    offset = 0 if zone in "Zz" else int(zone[0] + "1") * (int(zone[1:3]) * 60 + int(zone[-2:]))
+    try:
+        year, month, day, hour, minute, second = (int(part) for part in match.groups()[:6])
+        moment = datetime(year, month, day, hour, minute, second, tzinfo=timezone.utc)
+        return (moment - timedelta(minutes=offset)).timestamp() + float(f"0.{match[7] or 0}")
+    except (ValueError, OverflowError):
+        return None
+
+
+def format_time(epoch: float, *, milliseconds: bool = False) -> str:
+    """Return an RFC 3339 time in UTC; whole seconds as Kubernetes writes them, or milliseconds."""
+    moment = datetime.fromtimestamp(epoch, tz=timezone.utc)
+    text = moment.isoformat(timespec="milliseconds" if milliseconds else "seconds")
+    return text.replace("+00:00", "Z")
+
+
+def time_text(value: object) -> str | None:
+    """Return a cluster's time in the one form that rows hold and that sorts as text; None where it is no time."""
+    epoch = epoch_of(value)
+    return None if epoch is None else format_time(epoch // 1)
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds of `90`, `1.5s`, `10m` or `1h30m`. Raises ValueError."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        parts = _DURATION.findall(text)
+        if not parts or "".join(number + unit for number, unit in parts) != text:
+            raise ValueError(f"{text!r} is no duration; write 30s, 10m, 24h or 7d") from None
+        return sum(float(number) * _DURATION_UNITS[unit] for number, unit in parts)
+    if not 0 <= seconds < INT_MAX:
+        raise ValueError(f"{text!r} is no duration; write 30s, 10m, 24h or 7d")
+    return seconds
+
+
+def format_age(seconds: float) -> str:
+    """Return an age as kubectl writes it (k8s.io/apimachinery/pkg/util/duration, HumanDuration)."""
+    if seconds < 0:
+        return "0s"
+    total = int(seconds)
+    minutes, hours, days = total // 60, total // 3600, total // 86400
+    for below, whole, unit, rest, rest_unit in (
+        (120, total, "s", 0, ""),
+        (600, minutes, "m", total % 60, "s"),
+        (3 * 3600, minutes, "m", 0, ""),
+        (8 * 3600, hours, "h", minutes % 60, "m"),
+        (48 * 3600, hours, "h", 0, ""),
+        (8 * 86400, days, "d", hours % 24, "h"),
+        (2 * 365 * 86400, days, "d", 0, ""),
+        (8 * 365 * 86400, days // 365, "y", days % 365, "d"),
+    ):
+        if total < below:
+            return f"{whole}{unit}" + (f"{rest}{rest_unit}" if rest else "")
+    return f"{days // 365}y"
+
+
+def parse_quantity(value: object) -> int | None:
+    """Return the bytes of a Kubernetes quantity (`10Gi`, `1.5G`, `1e9`), rounded up; None where it is none."""
+    match = _QUANTITY.fullmatch(value) if isinstance(value, str) and len(value) < 64 else None
+    if match is None:
+        return None
+    number, exponent, unit = match.groups()
+    factor = 10.0 ** int(exponent) if exponent else _QUANTITY_UNITS[unit] if unit else 1
+    amount = int(number) * factor if number.isdigit() else float(number) * factor
+    return min(-int(-amount // 1), INT_MAX)
+
+
+def format_bytes(value: int | None) -> str:
+    """Return a size with a binary unit, as PersistentVolumeClaims are written (`10Gi`)."""
+    if value is None:
+        return ""
+    amount, units = float(value), iter(("", "Ki", "Mi", "Gi", "Ti", "Pi"))
+    unit = next(units)
+    while amount >= 1024 and unit != "Pi":
+        amount, unit = amount / 1024, next(units)
+    return f"{amount:.4g}{unit}"
+
+
+def ulid_in(name: str) -> str | None:
+    """Return the run's ULID in the name of a fabrik Job, Pod or PersistentVolumeClaim."""
+    match = _ULID_NAMES.fullmatch(name)
+    return (match[1] or match[2]) if match else None
+
+
+def clip(value: object) -> str | None:
+    """Return a text that every part of the program can hold: at most 4 KiB, no lone surrogates, or None."""
+    if not isinstance(value, str) or not value:
+        return None
+    return value[:TEXT_MAX_CHARS].encode("utf-8", "replace").decode("utf-8")
+
+
+def parse_int(value: object) -> int | None:
+    """Return a count from an integer or its decimal text, within 0 and 63 bits; anything else is None."""
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20:
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= INT_MAX:
+        return value
+    return None
+
+
+def parse_json_object(text: object) -> JsonObject | None:
+    """Return the object that a hostile text holds, or None.
+
+    5,000 nested brackets raise RecursionError in Python's parser, an integer of 5,000 digits ValueError.
+    """
+    if not isinstance(text, str) or len(text) > JSON_MAX_CHARS:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def object_at(value: JsonObject, *path: str) -> JsonObject:
+    """Return the object at a path of keys, an empty one where there is none."""
+    here: object = value
+    for key in path:
+        here = here.get(key) if isinstance(here, dict) else None
+    return here if isinstance(here, dict) else {}
+
+
+def list_at(value: JsonObject, *path: str) -> list[JsonObject]:
+    """Return the objects in the list at a path of keys, none where there is no list."""
+    found = object_at(value, *path[:-1]).get(path[-1])
+    return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
+
+
+def text_at(value: JsonObject, *path: str) -> str | None:
+    """Return the text at a path of keys, clipped, None where there is none."""
+    return clip(object_at(value, *path[:-1]).get(path[-1]))
+
+
+def latest(*times: str | None) -> str | None:
+    """Return the last of some times, leaving out the unknown ones."""
+    return max((moment for moment in times if moment), default=None)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return `; did you mean 'x'?` for a mistyped word, or what there is to choose from."""
+    choices = sorted(known)
+    close = difflib.get_close_matches(word, choices, 1, 0.6)
+    return f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(choices)}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Timing(NamedTuple):
+    """Every interval and deadline, in seconds; `timing:` in config.yaml sets each by its name (`backoffMin: 1s`)."""
+
+    resolve: float = 10.0  # a name look-up
+    connect: float = 10.0  # TCP and TLS, until a request can be sent
+    answer: float = 75.0  # until a response begins, and between its parts: a server whose store is down takes 60 s
+    idle: float = 70.0  # bookmarks come every 60 s: silence beyond this is a dead connection
+    watch_timeout: float = 300.0  # a watch lasts this long at least and up to twice as long, as client-go's do
+    backoff_min: float = 0.8  # client-go's reflector
+    backoff_max: float = 30.0
+    backoff_reset: float = 120.0  # health that ends the back-off
+    forbidden_retry: float = 300.0  # a role may be granted meanwhile
+    credentials: float = 30.0  # an exec plugin that takes longer hangs
+    renew_before: float = 60.0  # before a credential expires
+    batch: float = 0.05  # the spec's background writer
+    cache_retry: float = 1.0  # after a failed commit: the disk may be full
+    housekeeping: float = 60.0  # next runs of schedules; retention
+    retention: float = 30 * 86400.0  # after a run's end
+    query: float = 5.0  # user SQL
+    sync: float = 60.0  # one full list of every cluster
+    stop: float = 2.0  # an orderly stop
+
+
+class ClusterSpec(NamedTuple):
+    """One cluster as configured or discovered."""
+
+    name: str
+    kubeconfig: str  # path; several, joined by the path separator, are merged as kubectl does
+    context: str | None = None  # None: the file's current context
+    namespaces: tuple[str, ...] = ("fabrik-runs",)  # ("",) means all
+    label_selector: str | None = None
+    priority: int = 100
+    enabled: bool = True
+    origin: str = "clusters.yaml"
+
+
+class Settings(NamedTuple):
+    """Where everything is and how long everything may take."""
+
+    config: str
+    clusters_file: str
+    cache: str
+    socket: str
+    log_level: str = "info"
+    timing: Timing = Timing()
+
+
+class Flags(NamedTuple):
+    """What the command line says of places; None where it says nothing."""
+
+    config: str | None = None
+    cache: str | None = None
+    socket: str | None = None
+
+
+_LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+_CONFIG_KEYS: Final = ("cache", "socket", "logLevel", "timing")
+_CLUSTER_KEYS: Final = (
+    "name",
+    "kubeconfig",
+    "context",
+    "defaultNamespace",
+    "namespaces",
+    "labelSelector",
+    "priority",
+    "enabled",
+)
+_TIMING_KEYS: Final = {re.sub(r"_(\w)", lambda match: match[1].upper(), name): name for name in Timing._fields}
+
+
+def expand_home(path: str, environment: Mapping[str, str]) -> str:
+    """Return a path whose leading `~` is the user's home."""
+    if path == "~" or path.startswith("~/"):
+        return environment.get("HOME", "/") + path[1:]
+    return path
+
+
+def settings_from(flags: Flags, environment: Mapping[str, str], read: Callable[[str], str | None]) -> Settings:
+    """Return the settings that flags, environment and config.yaml make, in this order of precedence.
+
+    `read` returns a file's text, None where there is no such file. Raises ConfigError.
+    """
+    config_home = environment.get("XDG_CONFIG_HOME") or expand_home("~/.config", environment)
+    cache_home = environment.get("XDG_CACHE_HOME") or expand_home("~/.cache", environment)
+    config = flags.config or environment.get("FABRIK_CONFIG") or f"{config_home}/fabrik/daemon/config.yaml"
+    config = expand_home(config, environment)
+    text = read(config)
+    if text is None and flags.config:
+        raise ConfigError(f"{config}: no such file", "name the config.yaml to use with --config")
+    values = parse_config(text or "", config)
+    cache = flags.cache or environment.get("FABRIK_CACHE") or values.get("cache")
+    socket_path = flags.socket or environment.get("FABRIK_SOCKET") or values.get("socket")
+    return Settings(
+        config=config,
+        clusters_file=config.rpartition("/")[0] + "/clusters.yaml" if "/" in config else "clusters.yaml",
+        cache=expand_home(cache or f"{cache_home}/fabrik/daemon/cache.db", environment),
+        socket=expand_home(socket_path or "/tmp/fabrik-daemon.sock", environment),  # noqa: S108 - the spec's place
+        log_level=values.get("logLevel", "info"),
+        timing=values.get("timing", Timing()),
+    )
+
+
+def parse_config(text: str, where: str) -> JsonObject:
+    """Return the keys that a config.yaml sets, checked. Raises ConfigError with file and line."""
+    values: JsonObject = {}
+    for key, node, at in _yaml_items(_yaml_root(text, where), where, _CONFIG_KEYS):
+        if key == "timing":
+            values[key] = Timing(**dict(_timing_items(node, where)))
+        elif key == "logLevel":
+            values[key] = _one_of(_yaml_text(node, at, key), _LOG_LEVELS, at)
+        else:
+            values[key] = _yaml_text(node, at, key)
+    return values
+
+
+def parse_clusters(text: str, where: str, environment: Mapping[str, str]) -> list[ClusterSpec]:
+    """Return the clusters of a clusters.yaml, in its order. Raises ConfigError with file and line."""
+    clusters: list[ClusterSpec] = []
+    for key, node, at in _yaml_items(_yaml_root(text, where), where, ("clusters",)):
+        if _yaml_is_null(node):
+            continue
+        if not isinstance(node, yaml.SequenceNode):
+            raise ConfigError(f"{at}: {key} must be a list", "begin each cluster with '- name: ...'")
+        for item in node.value:
+            cluster = _cluster_from(item, where, environment)
+            if any(cluster.name == other.name for other in clusters):
+                raise ConfigError(f"{_yaml_at(item, where)}: a second cluster named {cluster.name!r}", "rename one")
+            clusters.append(cluster)
+    return clusters
+
+
+def format_clusters(clusters: Iterable[ClusterSpec]) -> str:
+    """Return the text of a clusters.yaml that parse_clusters reads back."""
+    items: list[JsonObject] = []
+    for cluster in clusters:
+        item: JsonObject = {"name": cluster.name, "kubeconfig": cluster.kubeconfig}
+        if cluster.context is not None:
+            item["context"] = cluster.context
+        namespaces = [name or "*" for name in cluster.namespaces]
+        if len(namespaces) == 1:
+            item["defaultNamespace"] = namespaces[0]
+        else:
+            item["namespaces"] = namespaces
+        if cluster.label_selector:
+            item["labelSelector"] = cluster.label_selector
+        item["priority"] = cluster.priority
+        if not cluster.enabled:
+            item["enabled"] = False
+        items.append(item)
+    return str(yaml.safe_dump({"clusters": items}, sort_keys=False, allow_unicode=True))
+
+
+def _cluster_from(item: yaml.Node, where: str, environment: Mapping[str, str]) -> ClusterSpec:
+    here = _yaml_at(item, where)
+    values: JsonObject = {}
+    for key, node, at in _yaml_items(item, where, _CLUSTER_KEYS):
+        if key == "namespaces":
+            values[key] = tuple(_yaml_list(node, at, key))
+        elif key in ("priority", "enabled"):
+            values[key] = _yaml_scalar(node, at, key, int if key == "priority" else bool)
+        else:
+            values[key] = _yaml_text(node, at, key)
+    for key in ("name", "kubeconfig"):
+        if key not in values:
+            raise ConfigError(f"{here}: a cluster without {key}", f"add '{key}: ...'")
+    check_cluster_name(values["name"], here)
+    namespaces = values.get("namespaces") or (values.get("defaultNamespace", "fabrik-runs"),)
+    return ClusterSpec(
+        name=values["name"],
+        kubeconfig=expand_home(values["kubeconfig"], environment),
+        context=values.get("context"),
+        namespaces=parse_namespaces(namespaces, here),
+        label_selector=values.get("labelSelector"),
+        priority=values.get("priority", 100),
+        enabled=values.get("enabled", True),
+    )
+
+
+def check_cluster_name(name: str, where: str) -> None:
+    """Raise ConfigError for a name that could not stand in `<id>@<cluster>/<namespace>` or on a command line."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,252}", name, re.ASCII):
+        raise ConfigError(f"{where}: {name!r} is no cluster name", "use letters, digits, '.', '_', ':', '@' and '-'")
+
+
+def parse_namespaces(names: Sequence[str], where: str) -> tuple[str, ...]:
+    """Return the namespaces to watch, each once; `*` becomes the empty name and stands alone. Raises ConfigError."""
+    for name in names:
+        if name != "*" and not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", name, re.ASCII):
+            raise ConfigError(f"{where}: {name!r} is no namespace", "use lower-case letters, digits and '-', or '*'")
+    return ("",) if "*" in names else tuple(dict.fromkeys(names))
+
+
+def _timing_items(node: yaml.Node, where: str) -> Iterator[tuple[str, float]]:
+    for key, value, at in _yaml_items(node, where, _TIMING_KEYS):
+        try:
+            yield _TIMING_KEYS[key], parse_duration(_yaml_text(value, at, key))
+        except ValueError as error:
+            raise ConfigError(f"{at}: {key}: {error}") from None
+
+
+def _yaml_root(text: str, where: str) -> yaml.Node | None:
+    if not text.strip():
+        return None  # without importing yaml: most users have no config.yaml
+    try:
+        root: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        raise ConfigError(f"{where}:{line}: {error.problem or error.context}", "correct the YAML") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{where}:1: {' '.join(str(error).split())}", "correct the YAML") from None
+    return root
+
+
+def _yaml_at(node: yaml.Node, where: str) -> str:
+    return f"{where}:{node.start_mark.line + 1}"
+
+
+def _yaml_is_null(node: yaml.Node | None) -> bool:
+    return node is None or node.tag == "tag:yaml.org,2002:null"
+
+
+def _yaml_items(node: yaml.Node | None, where: str, known: Iterable[str]) -> Iterator[tuple[str, yaml.Node, str]]:
+    """Yield key, value and place of a mapping; an empty file is an empty mapping. Raises ConfigError."""
+    if node is None or _yaml_is_null(node):
+        return
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{_yaml_at(node, where)}: expected 'key: value' lines", f"keys: {', '.join(known)}")
+    seen: dict[str, str] = {}
+    for key_node, value in node.value:
+        at, key = _yaml_at(key_node, where), str(key_node.value)
+        if key not in known:
+            raise ConfigError(f"{at}: unknown key {key!r}", nearest(key, known))
+        if key in seen:
+            raise ConfigError(f"{at}: {key} stands here again", f"first at {seen[key]}; keep one")
+        seen[key] = at
+        yield key, value, at
+
+
+def _yaml_text(node: yaml.Node, at: str, key: str) -> str:
+    if not isinstance(node, yaml.ScalarNode) or not node.value or _yaml_is_null(node):
+        raise ConfigError(f"{at}: {key} needs a value")
+    return str(node.value)
+
+
+def _yaml_list(node: yaml.Node, at: str, key: str) -> list[str]:
+    if not isinstance(node, yaml.SequenceNode) or not node.value:
+        raise ConfigError(f"{at}: {key} must be a list", f"write '{key}: [a, b]'")
+    return [_yaml_text(item, at, key) for item in node.value]
+
+
+_Scalar = TypeVar("_Scalar", int, bool)
+
+
+def _yaml_scalar(node: yaml.Node, at: str, key: str, kind: type[_Scalar]) -> _Scalar:
+    value = yaml.safe_load(node.value) if isinstance(node, yaml.ScalarNode) else None
+    if type(value) is not kind:
+        raise ConfigError(f"{at}: {key} must be {'a whole number' if kind is int else 'true or false'}")
+    return value
+
+
+def _one_of(value: str, choices: Iterable[str], at: str) -> str:
+    if value not in choices:
+        raise ConfigError(f"{at}: {value!r} is not possible here", nearest(value, choices))
+    return value
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kubeconfig
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Connection(NamedTuple):
+    """All that a connection to an API server needs, resolved. Secrets inside: never log one."""
+
+    server: str
+    ca_pem: str | None = None
+    insecure: bool = False
+    tls_server_name: str | None = None
+    cert_pem: str | None = None
+    key_pem: str | None = None
+    token: str | None = None
+    expires_at: float | None = None
+
+    def __repr__(self) -> str:
+        return f"Connection({self.server})"
+
+    @property
+    def identity(self) -> tuple[str, str | None]:
+        """What tells one cluster from another where nothing better is known: the server and its CA."""
+        return self.server.rstrip("/"), self.ca_pem
+
+
+class Endpoint(NamedTuple):
+    """Where a server URL points to."""
+
+    tls: bool
+    host: str
+    port: int
+    base: str  # a path in front of every request's, as with Rancher's clusters
+    authority: str
+
+
+def parse_server(url: str) -> Endpoint:
+    """Return the parts of an API server's URL. Raises ConfigError."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise ConfigError(f"server {url!r}: {error}", "correct the kubeconfig") from None
+    if parts.scheme not in ("https", "http") or not parts.hostname:
+        raise ConfigError(f"server {url!r} is no http(s) URL", "correct the kubeconfig")
+    tls = parts.scheme == "https"
+    host = parts.hostname
+    shown = f"[{host}]" if ":" in host else host
+    authority = f"{shown}:{port}" if port else shown
+    return Endpoint(tls, host, port or (443 if tls else 80), parts.path.rstrip("/"), authority)
+
+
+def parse_kubeconfig(text: str, where: str) -> JsonObject:
+    """Return a kubeconfig's document. Raises ConfigError with file and line."""
+    try:
+        document = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{where}:{line}: {error.problem}", "this is no kubeconfig") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}:1: {' '.join(str(error).split())}", "this is no kubeconfig") from None
+    if not isinstance(document, dict) or not isinstance(document.get("contexts"), list):
+        raise ConfigError(f"{where}:1: no contexts in it", "this is no kubeconfig")
+    return document
+
+
+def fabrik_clusters(document: JsonObject, path: str) -> list[ClusterSpec]:
+    """Return the contexts that are fabrik's: by extension, namespace, or name of the context or its cluster."""
+    found = []
+    for entry in list_at(document, "contexts"):
+        context, name = object_at(entry, "context"), text_at(entry, "name")
+        extensions = {text_at(item, "name") for item in list_at(context, "extensions")}
+        named = "fabrik" in (name or "").lower() or "fabrik" in (text_at(context, "cluster") or "").lower()
+        namespace = text_at(context, "namespace") or ""
+        if name and (named or namespace == "fabrik-runs" or extensions & {"fabrik", "fabrik.dev"}):
+            namespaces = (namespace,) if namespace.startswith("fabrik-runs") else ("fabrik-runs",)
+            found.append(ClusterSpec(name, path, context=name, namespaces=namespaces, origin="discovered"))
+    return found
+
+
+def connection_from(resolved: JsonObject) -> Connection:
+    """Return the connection that the credentials helper printed. Raises ConfigError with its complaint."""
+    if "error" in resolved:
+        raise ConfigError(str(resolved["error"]))
+    connection = Connection(**{name: resolved[name] for name in Connection._fields if name in resolved})
+    parse_server(connection.server)
+    return connection
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Projection: reports
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Report(NamedTuple):
+    """What Smithers says of its run; None where it says nothing."""
+
+    phase: str | None = None
+    task: str | None = None
+    status: str | None = None
+    attempt: int | None = None
+    iteration: int | None = None
+    finished: int | None = None
+    total: int | None = None
+    heartbeat_at: str | None = None
+    reason: str | None = None
+    malformed: tuple[str, ...] = ()  # keys whose values did not parse
+
+
+NO_REPORT: Final = Report()
+_PHASE_WORDS: Final = {"interview": "discover", "gate": "human-gate"}  # older words
+_GATE: Final = "human-gate"
+FABRIK_PREFIX: Final = "fabrik.dev/"
+
+
+def report_from(metadata: JsonObject) -> Report:
+    """Return what an object's annotations and labels report: the JSON annotation, single annotations, labels."""
+    annotations, labels = object_at(metadata, "annotations"), object_at(metadata, "labels")
+    malformed: list[str] = []
+    dialects: list[Report] = []
+    if FABRIK_PREFIX + "status" in annotations:
+        dialects.append(_json_report(annotations[FABRIK_PREFIX + "status"], malformed))
+    for values in (annotations, labels):
+        if any(key.startswith(FABRIK_PREFIX) for key in values):
+            dialects.append(_single_report(values, values is labels, malformed))
+    return merge_reports(dialects)._replace(malformed=tuple(dict.fromkeys(malformed))) if dialects else NO_REPORT
+
+
+def merge_reports(reports: Sequence[Report]) -> Report:
+    """Return the first value known of each field; finished and total stay together."""
+    if len(reports) == 1:
+        return reports[0]
+    merged = Report(*(next((value for value in values if value), values[0]) for values in zip(*reports)))
+    finished, total = next(
+        ((report.finished, report.total) for report in reports if report.finished is not None), (None, None)
+    )
+    return merged._replace(
+        attempt=_first(report.attempt for report in reports),
+        iteration=_first(report.iteration for report in reports),
+        finished=finished,
+        total=total,
+    )
+
+
+def is_gated(report: Report) -> bool:
+    """Say whether a run waits for a person."""
+    return report.phase == _GATE or report.status == BLOCKED
+
+
+def _first(values: Iterable[int | None]) -> int | None:
+    return next((value for value in values if value is not None), None)
+
+
+def _json_report(text: object, malformed: list[str]) -> Report:
+    said = parse_json_object(text)
+    if said is None:
+        malformed.append("status")
+        return NO_REPORT
+    take = _Taker(said, malformed)
+    finished, total = _progress_from(said["progress"], malformed) if "progress" in said else (None, None)
+    return Report(
+        phase=_phase_word(take.text("phase")),
+        task=take.text("current_task"),
+        status=take.text("status"),
+        attempt=take.number("attempt"),
+        iteration=take.number("iteration"),
+        finished=finished,
+        total=total,
+        heartbeat_at=take.time("updated"),
+        reason=take.text("reason"),
+    )
+
+
+def _single_report(values: JsonObject, are_labels: bool, malformed: list[str]) -> Report:
+    take = _Taker(
+        {key[len(FABRIK_PREFIX) :]: values[key] for key in values if key.startswith(FABRIK_PREFIX)}, malformed
+    )
+    task = take.text("task")
+    finished, total = None, None
+    if "progress" in take.said:
+        finished, total = _progress_from(parse_json_object(take.said["progress"]), malformed)
+    return Report(
+        phase=_phase_word(take.text("phase")),
+        task=re.sub(r"^(\d+)-", r"\1:", task) if task and are_labels else task,  # a label cannot hold ':'
+        status=take.text("status") if are_labels else None,  # the annotation of that name is the JSON dialect's
+        attempt=take.number("attempt"),
+        iteration=take.number("iteration"),
+        finished=finished,
+        total=total,
+        heartbeat_at=take.time("updated"),
+        reason=take.text("reason"),
+    )
+
+
+_Value = TypeVar("_Value")
+
+
+class _Taker:
+    """Takes single values out of a report and notes those that do not parse."""
+
+    def __init__(self, said: JsonObject, malformed: list[str]) -> None:
+        self.said = said
+        self._malformed = malformed
+
+    def text(self, key: str) -> str | None:
+        return self._noted(key, clip)
+
+    def number(self, key: str) -> int | None:
+        return self._noted(key, parse_int)
+
+    def time(self, key: str) -> str | None:
+        return self._noted(key, time_text)
+
+    def _noted(self, key: str, parse: Callable[[object], _Value | None]) -> _Value | None:
+        value = parse(self.said.get(key))
+        if value is None and key in self.said:
+            self._malformed.append(key)
+        return value
+
+
+def _phase_word(word: str | None) -> str | None:
+    return _PHASE_WORDS.get(word, word) if word else None
+
+
+def _progress_from(said: JsonObject | None, malformed: list[str]) -> tuple[int | None, int | None]:
+    """Return finished and total: JSON integers, finished within total; anything else says nothing."""
+    finished, total = (said.get("finished"), said.get("total")) if isinstance(said, dict) else (None, None)
+    if isinstance(finished, int) and isinstance(total, int):
+        finished, total = parse_int(finished), parse_int(total)
+        if finished is not None and total is not None and finished <= total:
+            return finished, total
+    malformed.append("progress")
+    return None, None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Projection: objects
+# ----------------------------------------------------------------------------------------------------------------------
+
+DELETED: Final = "deleted"  # its DELETED event was seen
+VANISHED: Final = "vanished"  # a relist lacks it: nobody saw its end
+
+
+class JobFacts(NamedTuple):
+    """What the daemon keeps of a run's Job."""
+
+    namespace: str
+    name: str
+    uid: str
+    id: str  # the label id
+    scheduled: bool  # made by a CronJob and without a run id
+    report: Report
+    created_at: str | None = None
+    schedule_id: str | None = None
+    spec_id: str | None = None
+    template: str | None = None
+    project: str | None = None
+    suspended: bool = False
+    outcome: str | None = None  # finished or failed, from its conditions
+    reason: str | None = None
+    started_at: str | None = None
+    ended_at: str | None = None
+    deleting: bool = False
+    gone: str | None = None  # DELETED or VANISHED
+    gone_at: str | None = None
+
+
+class PodFacts(NamedTuple):
+    """What the daemon keeps of a run's Pod."""
+
+    namespace: str
+    name: str
+    uid: str
+    id: str
+    report: Report
+    job_uid: str | None = None
+    created_at: str | None = None
+    spec_id: str | None = None
+    template: str | None = None
+    project: str | None = None
+    phase: str | None = None  # Kubernetes' Pod phase
+    reason: str | None = None
+    started_at: str | None = None
+    ended_at: str | None = None
+    deleting: bool = False
+    gone: str | None = None
+    gone_at: str | None = None
+
+
+class CronJobFacts(NamedTuple):
+    """What the daemon keeps of a fabrik CronJob."""
+
+    namespace: str
+    name: str
+    uid: str
+    id: str  # the schedule's
+    schedule: str | None = None
+    time_zone: str | None = None
+    suspended: bool = False
+    active: int = 0
+    created_at: str | None = None
+    last_run_at: str | None = None
+    last_success_at: str | None = None
+    gone: str | None = None
+    gone_at: str | None = None
+
+
+class VolumeFacts(NamedTuple):
+    """What the daemon keeps of a run's PersistentVolumeClaim."""
+
+    namespace: str
+    name: str
+    uid: str
+    id: str
+    phase: str | None = None
+    capacity_bytes: int | None = None
+    storage_class: str | None = None
+    created_at: str | None = None
+    gone: str | None = None
+    gone_at: str | None = None
+
+
+class EventFacts(NamedTuple):
+    """What the daemon keeps of a Warning, or of an Event that tells how a Job ended."""
+
+    namespace: str
+    name: str
+    uid: str
+    id: str  # of the run it concerns; empty where it concerns none
+    warning: bool
+    object_kind: str | None = None
+    object_name: str | None = None
+    object_uid: str | None = None
+    reason: str | None = None
+    message: str | None = None
+    count: int = 1  # type: ignore[assignment]  # hides tuple.count, which nobody wants
+    first_at: str | None = None
+    last_at: str | None = None
+    gone: str | None = None
+    gone_at: str | None = None
+
+
+Facts = Union[JobFacts, PodFacts, CronJobFacts, VolumeFacts, EventFacts]
+FACTS: Final[dict[str, type[Facts]]] = {
+    JOBS.name: JobFacts,
+    CRONJOBS.name: CronJobFacts,
+    PODS.name: PodFacts,
+    VOLUMES.name: VolumeFacts,
+    EVENTS.name: EventFacts,
+}
+
+_SCHEDULE_NAME: Final = "fabrik-schedule-"
+_ENDINGS: Final = {"Completed": FINISHED, "BackoffLimitExceeded": FAILED}  # the Job controller's Events
+_CONDITIONS: Final = {
+    "Complete": FINISHED,
+    "SuccessCriteriaMet": FINISHED,  # comes seconds before Complete
+    "Failed": FAILED,
+    "FailureTarget": FAILED,  # comes before Failed, while its Pods are ended
+}
+_ROUTINE: Final = frozenset(("ContainerCreating", "PodInitializing", "Completed"))  # reasons that tell of no trouble
+
+
+def facts_from(resource_name: str, item: JsonObject) -> Facts | None:
+    """Return what is kept of an object of a watched resource, None for one that is not fabrik's."""
+    metadata = object_at(item, "metadata")
+    name, namespace = text_at(metadata, "name"), text_at(metadata, "namespace") or ""
+    return _PROJECTIONS[resource_name](item, metadata, namespace, name) if name else None
+
+
+def ending_of(event: EventFacts) -> str | None:
+    """Return the status that a Job controller's Event tells of its Job."""
+    return _ENDINGS.get(event.reason or "") if event.object_kind == "Job" else None
+
+
+def _job_facts(item: JsonObject, metadata: JsonObject, namespace: str, name: str) -> JobFacts | None:
+    labels = object_at(metadata, "labels")
+    cronjob = _owner(metadata, "CronJob")[0]
+    label_id = clip(labels.get(FABRIK_PREFIX + "run-id")) or (ulid_in(name) if name.startswith("fabrik-") else None)
+    schedule_id = clip(labels.get(FABRIK_PREFIX + "schedule-id")) or (_schedule_id(cronjob) if cronjob else None)
+    scheduled = label_id is None and cronjob is not None and (_is_managed(labels) or schedule_id != cronjob)
+    if label_id is None and not scheduled:
+        return None
+    outcome, reason, ended_at = _outcome(item)
+    return JobFacts(
+        namespace,
+        name,
+        uid=text_at(metadata, "uid") or "",
+        id=label_id or name,
+        scheduled=scheduled,
+        report=report_from(metadata),
+        created_at=time_text(metadata.get("creationTimestamp")),
+        schedule_id=schedule_id,
+        **_descriptions(labels),
+        suspended=object_at(item, "spec").get("suspend") is True,
+        outcome=outcome,
+        reason=reason,
+        started_at=time_text(object_at(item, "status").get("startTime"))
+        or time_text(object_at(metadata, "annotations").get(FABRIK_PREFIX + "started")),
+        ended_at=ended_at,
+        deleting="deletionTimestamp" in metadata,
+    )
+
+
+def _outcome(item: JsonObject) -> tuple[str | None, str | None, str | None]:
+    """Return outcome, reason and time of a Job's end, from the conditions that are True; unknown ones say nothing."""
+    told = {
+        condition.get("type"): condition
+        for condition in list_at(item, "status", "conditions")
+        if condition.get("status") == "True"
+    }
+    for kind, outcome in _CONDITIONS.items():
+        if kind in told:
+            ended_at = time_text(object_at(item, "status").get("completionTime"))
+            return outcome, text_at(told[kind], "reason"), ended_at or time_text(told[kind].get("lastTransitionTime"))
+    return None, None, None
+
+
+def _pod_facts(item: JsonObject, metadata: JsonObject, namespace: str, name: str) -> PodFacts | None:
+    labels = object_at(metadata, "labels")
+    job_name, job_uid = _owner(metadata, "Job")
+    job_name = job_name or clip(labels.get("batch.kubernetes.io/job-name")) or clip(labels.get("job-name"))
+    label_id = clip(labels.get(FABRIK_PREFIX + "run-id")) or (ulid_in(job_name or name))
+    scheduled = job_name is not None and (_is_managed(labels) or job_name.startswith(_SCHEDULE_NAME))
+    if label_id is None and not scheduled:
+        return None
+    status = object_at(item, "status")
+    return PodFacts(
+        namespace,
+        name,
+        uid=text_at(metadata, "uid") or "",
+        id=label_id or job_name or "",
+        report=report_from(metadata),
+        job_uid=job_uid,
+        created_at=time_text(metadata.get("creationTimestamp")),
+        **_descriptions(labels),
+        phase=text_at(status, "phase"),
+        reason=_pod_reason(status),
+        started_at=time_text(status.get("startTime")),
+        ended_at=latest(*(time_text(state.get("finishedAt")) for state in _states(status, "terminated"))),
+        deleting="deletionTimestamp" in metadata,
+    )
+
+
+def _pod_reason(status: JsonObject) -> str | None:
+    """Return why a Pod is where it is: its own reason, a container's trouble, or why it has no node."""
+    own = text_at(status, "reason")
+    if own:
+        return own  # Evicted, NodeLost, Shutdown
+    for state in _states(status, "terminated"):
+        if state.get("exitCode") != 0:
+            return text_at(state, "reason") or "Error"
+    for state in _states(status, "waiting"):
+        reason = text_at(state, "reason")
+        if reason and reason not in _ROUTINE:
+            return reason
+    for condition in list_at(status, "conditions"):
+        if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
+            return text_at(condition, "reason")
+    return None
+
+
+def _states(status: JsonObject, kind: str) -> list[JsonObject]:
+    """Return the containers' current states of one kind, the main containers' first."""
+    containers = list_at(status, "containerStatuses") + list_at(status, "initContainerStatuses")
+    return [object_at(container, "state", kind) for container in containers if object_at(container, "state", kind)]
+
+
+def _cronjob_facts(item: JsonObject, metadata: JsonObject, namespace: str, name: str) -> CronJobFacts | None:
+    labels, spec, status = object_at(metadata, "labels"), object_at(item, "spec"), object_at(item, "status")
+    schedule_id = clip(labels.get(FABRIK_PREFIX + "schedule-id")) or _schedule_id(name)
+    if schedule_id == name and not _is_managed(labels):
+        return None
+    return CronJobFacts(
+        namespace,
+        name,
+        uid=text_at(metadata, "uid") or "",
+        id=schedule_id,
+        schedule=text_at(spec, "schedule"),
+        time_zone=text_at(spec, "timeZone"),
+        suspended=spec.get("suspend") is True,
+        active=len(list_at(status, "active")),
+        created_at=time_text(metadata.get("creationTimestamp")),
+        last_run_at=time_text(status.get("lastScheduleTime")),
+        last_success_at=time_text(status.get("lastSuccessfulTime")),
+    )
+
+
+def _volume_facts(item: JsonObject, metadata: JsonObject, namespace: str, name: str) -> VolumeFacts | None:
+    labels = object_at(metadata, "labels")
+    label_id = clip(labels.get(FABRIK_PREFIX + "run-id")) or ulid_in(name)
+    if label_id is None and not _is_managed(labels):
+        return None
+    status = object_at(item, "status")
+    return VolumeFacts(
+        namespace,
+        name,
+        uid=text_at(metadata, "uid") or "",
+        id=label_id or "",
+        phase=text_at(status, "phase"),
+        capacity_bytes=parse_quantity(object_at(status, "capacity").get("storage")),
+        storage_class=text_at(item, "spec", "storageClassName"),
+        created_at=time_text(metadata.get("creationTimestamp")),
+    )
+
+
+def _event_facts(item: JsonObject, metadata: JsonObject, namespace: str, name: str) -> EventFacts | None:
+    about, series = object_at(item, "involvedObject"), object_at(item, "series")
+    kind, reason = text_at(about, "kind"), text_at(item, "reason")
+    warning = item.get("type") == "Warning"
+    if not warning and not (kind == "Job" and reason in _ENDINGS):
+        return None
+    first_at = time_text(item.get("firstTimestamp")) or time_text(item.get("eventTime"))
+    first_at = first_at or time_text(metadata.get("creationTimestamp"))
+    object_name = text_at(about, "name") or ""
+    return EventFacts(
+        namespace,
+        name,
+        uid=text_at(metadata, "uid") or "",
+        id=ulid_in(object_name) or _scheduled_job(kind, object_name),
+        warning=warning,
+        object_kind=kind,
+        object_name=object_name,
+        object_uid=text_at(about, "uid"),
+        reason=reason,
+        message=text_at(item, "message"),
+        count=parse_int(series.get("count")) or parse_int(item.get("count")) or 1,
+        first_at=first_at,
+        last_at=time_text(series.get("lastObservedTime")) or time_text(item.get("lastTimestamp")) or first_at,
+    )
+
+
+_PROJECTIONS: Final[dict[str, Callable[[JsonObject, JsonObject, str, str], Facts | None]]] = {
+    JOBS.name: _job_facts,
+    CRONJOBS.name: _cronjob_facts,
+    PODS.name: _pod_facts,
+    VOLUMES.name: _volume_facts,
+    EVENTS.name: _event_facts,
+}
+
+
+def _owner(metadata: JsonObject, kind: str) -> tuple[str | None, str | None]:
+    for owner in list_at(metadata, "ownerReferences"):
+        if owner.get("kind") == kind:
+            return text_at(owner, "name"), text_at(owner, "uid")
+    return None, None
+
+
+def _is_managed(labels: JsonObject) -> bool:
+    return "fabrik" in (labels.get("app.kubernetes.io/managed-by"), labels.get(FABRIK_PREFIX + "managed-by"))
+
+
+def _schedule_id(cronjob: str) -> str:
+    return cronjob[len(_SCHEDULE_NAME) :] if cronjob.startswith(_SCHEDULE_NAME) else cronjob
+
+
+def _scheduled_job(kind: str | None, name: str) -> str:
+    """Return the Job's name from an Event about a schedule's Job or, its name plus a suffix, its Pod."""
+    if not name.startswith(_SCHEDULE_NAME):
+        return ""
+    return name.rpartition("-")[0] if kind == "Pod" else name if kind == "Job" else ""
+
+
+def _descriptions(labels: JsonObject) -> dict[str, str | None]:
+    spec_id = clip(labels.get(FABRIK_PREFIX + "spec-id")) or clip(labels.get(FABRIK_PREFIX + "spec"))
+    template, project = clip(labels.get(FABRIK_PREFIX + "template")), clip(labels.get(FABRIK_PREFIX + "project"))
+    return {"spec_id": spec_id, "template": template, "project": project}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Projection: rows
+# ----------------------------------------------------------------------------------------------------------------------
+
+Zone = Callable[[str], Any]  # IANA name -> tzinfo; raises for one that is not known here
+
+
+class Place(NamedTuple):
+    """Where a run is: its label id in one namespace of one cluster."""
+
+    cluster: str
+    namespace: str
+    id: str
+
+
+def current_job(jobs: Iterable[JobFacts]) -> JobFacts | None:
+    """Return the run's Job: the newest of those with its id."""
+    return max(jobs, key=lambda job: (job.created_at or "", job.gone is None, job.uid), default=None)
+
+
+def current_pod(pods: Iterable[PodFacts], job: JobFacts | None) -> PodFacts | None:
+    """Return the run's current Pod: the newest of its Job's that is not being deleted, else the newest."""
+    own = (pod for pod in pods if job is None or pod.job_uid in (None, job.uid))
+    return max(own, key=lambda pod: (pod.gone is None, not pod.deleting, pod.created_at or "", pod.uid), default=None)
+
+
+def status_of(  # noqa: PLR0911 - one return a row
+    job: JobFacts | None, pod: PodFacts | None, ending: str | None, was: str | None
+) -> tuple[str | None, str | None]:
+    """Return the run's status and its reason, by the first row of decisions.md's table that matches.
+
+    `ending` is what a Job controller's Event told of a Job that vanished, `was` the status before.
+    """
+    said = pod.report if pod else NO_REPORT
+    trouble = pod.reason if pod else None
+    ended = _job_status(job, pod, ending)
+    if ended is not None:
+        status, reason = ended
+        return status, reason if status is None or status == FAILED else (said.reason if status == CANCELLED else None)
+    if job is None and pod is not None and pod.phase in _POD_ENDINGS:  # 5
+        return _POD_ENDINGS[pod.phase], trouble if pod.phase == "Failed" else None
+    if job is not None and job.suspended:  # 6
+        return PENDING, "JobSuspended"
+    if pod is None:
+        return PENDING, None
+    if is_gated(said) and not pod.gone:  # 7
+        return BLOCKED, said.reason or trouble
+    if pod.phase == "Running" and not pod.gone:  # 8
+        return RUNNING, trouble or said.reason
+    if pod.phase == "Unknown":  # 9
+        return was or PENDING, "NodeLost"
+    return PENDING, trouble  # 10
+
+
+_POD_ENDINGS: Final = {"Succeeded": FINISHED, "Failed": FAILED}
+
+
+def _job_status(  # noqa: PLR0911 - one return a row
+    job: JobFacts | None, pod: PodFacts | None, ending: str | None
+) -> tuple[str | None, str | None] | None:
+    """Return status and reason by rows 1 to 4, None where none of them matches."""
+    said = pod.report.status if pod else None
+    if job is None:
+        return (CANCELLED, None) if said == CANCELLED else None
+    if job.outcome == FINISHED:  # 1
+        return FINISHED, None
+    if job.outcome == FAILED:  # 2
+        first = job.reason if job.reason == "DeadlineExceeded" else None
+        return FAILED, first or (pod.reason if pod else None) or (pod.report.reason if pod else None) or job.reason
+    if job.gone == DELETED or job.deleting or CANCELLED in (said, job.report.status):  # 3
+        return CANCELLED, None
+    if job.gone == VANISHED:  # 4
+        decided = _POD_ENDINGS.get((pod.phase if pod else None) or "") or ending
+        if decided == FAILED:
+            return FAILED, (pod.reason if pod else None) or "BackoffLimitExceeded"
+        return decided, None if decided else "VanishedUnseen"
+    return None
+
+
+def run_row(place: Place, run_id: str, job: JobFacts | None, pod: PodFacts | None) -> Run:
+    """Return a run's row but for its status, which needs more than its objects: status_of."""
+    said = merge_reports([pod.report, job.report] if pod and job else [(pod or job or _NOBODY).report])
+    described = [facts for facts in (job, pod) if facts is not None]
+    return Run(
+        run_id,
+        place.cluster,
+        place.namespace,
+        id=place.id,
+        current_task=said.task,
+        progress_finished=said.finished,
+        progress_total=said.total,
+        spec_id=_first_text(facts.spec_id for facts in described),
+        template=_first_text(facts.template for facts in described),
+        project=_first_text(facts.project for facts in described),
+        created_at=_first_text(facts.created_at for facts in described),
+        phase=said.phase,
+        task_attempt=said.attempt,
+        iteration=said.iteration,
+        heartbeat_at=said.heartbeat_at,
+        job_name=job.name if job else None,
+        job_uid=job.uid if job else None,
+        pod_name=pod.name if pod else None,
+        schedule_id=job.schedule_id if job else None,
+        started_at=_first_text(facts.started_at for facts in described),
+        deleted_at=job.gone_at if job else pod.gone_at if pod else None,
+    )
+
+
+def with_status(row: Run, status: str | None, reason: str | None, ended_at: str | None) -> Run:
+    """Return the row with its status and all that follows from it."""
+    finished_at = (ended_at or row.deleted_at) if status in TERMINAL else None
+    task_status = {RUNNING: "in-progress", BLOCKED: "in-progress", FINISHED: FINISHED, FAILED: FAILED}.get(status or "")
+    return row._replace(
+        status=status,
+        reason=reason,
+        finished_at=finished_at,
+        task_status=task_status if row.current_task else None,
+        updated_at=latest(row.created_at, row.started_at, row.heartbeat_at, finished_at, row.deleted_at),
+    )
+
+
+def schedule_row(cluster: str, facts: CronJobFacts, now: float, zone: Zone) -> Schedule:
+    """Return a CronJob's row: its next run after `now`, and how many it missed."""
+    next_run_at, missed = None, 0
+    if facts.schedule and not facts.suspended and not facts.gone:
+        next_run_at, missed = _cron_times(facts, now, zone)
+    return Schedule(
+        cluster,
+        facts.namespace,
+        facts.name,
+        schedule_id=facts.id,
+        schedule=facts.schedule,
+        time_zone=facts.time_zone,
+        suspended=int(facts.suspended),
+        active=facts.active,
+        created_at=facts.created_at,
+        last_run_at=facts.last_run_at,
+        last_success_at=facts.last_success_at,
+        next_run_at=next_run_at,
+        missed=missed,
+    )
+
+
+def volume_row(cluster: str, facts: VolumeFacts, run_id: str | None) -> Volume:
+    """Return a PersistentVolumeClaim's row."""
+    return Volume(
+        cluster,
+        facts.namespace,
+        facts.name,
+        run_id=run_id,
+        phase=facts.phase,
+        capacity_bytes=facts.capacity_bytes,
+        storage_class=facts.storage_class,
+        created_at=facts.created_at,
+        deleted_at=facts.gone_at,
+    )
+
+
+def warning_row(cluster: str, facts: EventFacts, run_id: str | None) -> ClusterEvent:
+    """Return a Warning Event's row."""
+    return ClusterEvent(
+        cluster,
+        facts.namespace,
+        facts.name,
+        uid=facts.uid,
+        run_id=run_id,
+        object_kind=facts.object_kind,
+        object_name=facts.object_name,
+        reason=facts.reason,
+        message=facts.message,
+        count=facts.count,
+        first_at=facts.first_at,
+        last_at=facts.last_at,
+    )
+
+
+_NOBODY: Final = PodFacts("", "", "", "", NO_REPORT)
+_MISSED_GRACE_S: Final = 60.0  # the CronJob controller looks every 10 s; a watch may lag
+
+
+def _first_text(values: Iterable[str | None]) -> str | None:
+    return next((value for value in values if value), None)
+
+
+def _cron_times(facts: CronJobFacts, now: float, zone: Zone) -> tuple[str | None, int]:
+    """Return the next run after `now` and how many are overdue; nothing for a schedule that cannot be read here."""
+    expression = facts.schedule or ""
+    try:
+        tz = zone(facts.time_zone or "UTC")  # the controller manager's own zone, nearly always UTC
+        following = next(cronsim.CronSim(expression, datetime.fromtimestamp(now, tz)))
+        since = epoch_of(facts.last_run_at) or epoch_of(facts.created_at) or now
+        due = cronsim.CronSim(expression, datetime.fromtimestamp(since, tz))
+        missed = 0
+        while missed < MISSED_MAX and next(due).timestamp() <= now - _MISSED_GRACE_S:
+            missed += 1
+    except (cronsim.CronSimError, LookupError, ValueError, StopIteration, OSError):
+        return None, 0
+    return format_time(following.timestamp()), missed
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Store: rows
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class ObjectKey(NamedTuple):
+    """What names one object of one cluster."""
+
+    cluster: str
+    resource: str
+    namespace: str
+    name: str
+
+
+class Progress(NamedTuple):
+    """How far a scope has been followed: up to a resource version, at a local time."""
+
+    scope: Scope
+    resource_version: str
+    at: str
+
+
+class Commit(NamedTuple):
+    """What one observation changed; the cache writes all of it in one transaction."""
+
+    changes: tuple[Change, ...] = ()
+    objects: tuple[tuple[ObjectKey, Facts | None], ...] = ()  # None: forget it
+    progress: Progress | None = None
+    reserved_seq: int | None = None  # sequence numbers up to this one may be in use
+    malformed: tuple[tuple[str, tuple[str, ...]], ...] = ()  # run_id and the keys that did not parse, once per run
+
+
+class RunEvent(NamedTuple):
+    """A row of `run_events`, but for its time of arrival."""
+
+    id: int
+    run_id: str
+    event_type: str
+    payload: JsonObject
+    cluster_timestamp: str | None
+
+
+RowKey = tuple[str, ...]
+
+
+def row_key(row: Row) -> RowKey:
+    """Return what names a row within its table."""
+    return (row.run_id,) if isinstance(row, Run) else row[:3]
+
+
+def run_events_of(change: Change) -> list[RunEvent]:
+    """Return what a change tells of its run's history; the first carries the change's own number."""
+    row, before = change.row, change.previous
+    if not isinstance(row, Run) or change.type == "run:removed":
+        return []
+    told: list[tuple[str, JsonObject]] = []
+    was = before.status if isinstance(before, Run) else None
+    if row.status != was or before is None:
+        told.append(("status_changed", {"from": was, "to": row.status, "reason": row.reason}))
+        if row.status == BLOCKED:
+            told.append(("blocked", {"phase": row.phase, "task": row.current_task, "reason": row.reason}))
+    task = before.current_task if isinstance(before, Run) and before.job_uid == row.job_uid else None
+    if task and was not in TERMINAL and (task != row.current_task or row.status == FINISHED):
+        told.append(("task_completed", {"task": task, "finished": row.progress_finished, "total": row.progress_total}))
+    return [
+        RunEvent(change.seq + offset, row.run_id, kind, payload, row.updated_at)
+        for offset, (kind, payload) in enumerate(told)
+    ]
+
+
+class Draft:
+    """A Commit in the making."""
+
+    def __init__(self, now: float) -> None:
+        self.now = now
+        self.at = format_time(now, milliseconds=True)
+        self.changes: list[Change] = []
+        self.objects: dict[ObjectKey, Facts | None] = {}
+        self.places: dict[Place, None] = {}  # whose rows to derive again, in order
+        self.malformed: list[tuple[str, tuple[str, ...]]] = []
+
+
+class Tables:
+    """The rows known now. Setting one that says something new makes a numbered change."""
+
+    _KINDS: Final = {Run: "run", Schedule: "schedule", Volume: "volume", ClusterEvent: "warning"}
+
+    def __init__(self) -> None:
+        self._rows: dict[type[Row], dict[RowKey, Row]] = {kind: {} for kind in self._KINDS}
+        self.seq = 0  # the last number given to a change
+        self._reserved = 0
+
+    def load(self, rows: Iterable[Row], reserved_seq: int) -> None:
+        """Take over what the cache holds; nothing of it is a change."""
+        self.seq, self._reserved = reserved_seq, reserved_seq + SEQ_BLOCK
+        for row in rows:
+            self._rows[type(row)][row_key(row)] = row
+
+    def rows(self, kind: type[Row]) -> list[Row]:
+        """Return the rows of one table, as they are now."""
+        return list(self._rows[kind].values())
+
+    def run(self, run_id: str) -> Run | None:
+        """Return a run's row."""
+        row = self._rows[Run].get((run_id,))
+        return row if isinstance(row, Run) else None
+
+    def set(self, draft: Draft, row: Row) -> Row:
+        """Keep a row and return it as kept; where it says something new, that is a change."""
+        table, key = self._rows[type(row)], row_key(row)
+        before = table.get(key)
+        if isinstance(row, Run) and isinstance(before, Run):
+            row = row._replace(last_sync_at=before.last_sync_at)
+        if row == before:
+            return row
+        row = row._replace(last_sync_at=draft.at) if isinstance(row, Run) else row
+        table[key] = row
+        gone = isinstance(row, Volume) and row.deleted_at
+        self._tell(draft, row, before, "removed" if gone else "updated" if before else "added")
+        return row
+
+    def drop(self, draft: Draft, kind: type[Row], key: RowKey) -> None:
+        """Forget a row, which is a change where there was one."""
+        row = self._rows[kind].pop(key, None)
+        if row is not None:
+            self._tell(draft, row, row, "removed")
+
+    def reservation(self) -> int | None:
+        """Return a new end of the reserved numbers, well before the present block is used up; None while it is not."""
+        if self.seq <= self._reserved - SEQ_BLOCK // 2:
+            return None
+        self._reserved = self.seq + SEQ_BLOCK
+        return self._reserved
+
+    def _tell(self, draft: Draft, row: Row, before: Row | None, verb: str) -> None:
+        kind = self._KINDS[type(row)]
+        change = Change(self.seq + 1, kind if kind == "warning" else f"{kind}:{verb}", row, before, draft.at)
+        self.seq += max(1, len(run_events_of(change)))
+        draft.changes.append(change)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Store: runs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class _Entry:
+    """One run's objects, and the key it got."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, JobFacts] = {}
+        self.pods: dict[str, PodFacts] = {}
+        self.run_id: str | None = None
+        self.malformed_told = False
+
+
+class RunBook:
+    """Which objects make up which run; derives a run's row from them."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+        self._entries: dict[Place, _Entry] = {}
+        self._owners: dict[str, Place] = {}  # run_id -> who holds it
+        self._endings: dict[tuple[str, str], str] = {}  # cluster and Job uid -> what an Event told
+        self._listed: dict[Scope, bool] = {}  # Jobs: listed, or forbidden (False)
+
+    def load(self, synced: Iterable[Scope]) -> None:
+        """Take over the keys of the rows that the tables hold, and whose Jobs have been listed."""
+        self._listed.update((scope, True) for scope in synced if scope.resource == JOBS.name)
+        for row in self._tables.rows(Run):
+            if isinstance(row, Run):
+                place = Place(row.cluster, row.namespace, row.id or row.run_id)
+                self._owners[row.run_id] = place
+                self._entries.setdefault(place, _Entry()).run_id = row.run_id
+
+    def attach(self, cluster: str, facts: Facts) -> None:
+        """Take in what an object tells of its run."""
+        place = Place(cluster, facts.namespace, facts.id)
+        if isinstance(facts, JobFacts):
+            self._entries.setdefault(place, _Entry()).jobs[facts.name] = facts
+        elif isinstance(facts, PodFacts):
+            self._entries.setdefault(place, _Entry()).pods[facts.name] = facts
+        elif isinstance(facts, EventFacts) and facts.object_uid:
+            ending = ending_of(facts)
+            if ending:
+                self._endings[cluster, facts.object_uid] = ending
+
+    def detach(self, cluster: str, facts: Facts) -> None:
+        """Forget what an object told of its run."""
+        entry = self._entries.get(Place(cluster, facts.namespace, facts.id))
+        if entry is not None and isinstance(facts, JobFacts):
+            entry.jobs.pop(facts.name, None)
+        elif entry is not None and isinstance(facts, PodFacts):
+            entry.pods.pop(facts.name, None)
+
+    def run_id_for(self, cluster: str, facts: VolumeFacts | EventFacts) -> str | None:
+        """Return the key of the run that a volume or warning belongs to, also before the run itself is known."""
+        place = Place(cluster, facts.namespace, facts.id)
+        if not facts.id:
+            return None
+        entry = self._entries.get(place)
+        if entry and entry.run_id:
+            return entry.run_id
+        scheduled = isinstance(facts, EventFacts) and not ulid_in(facts.object_name or "")
+        return self._key_for(place, scheduled)
+
+    def set_listed(self, scope: Scope, listed: bool) -> list[Place]:
+        """Note that a scope's Jobs were listed, or may not be; return whose rows that makes derivable."""
+        if scope.resource != JOBS.name or self._listed.get(scope, listed is None) == listed:
+            return []
+        if not listed and scope in self._listed:
+            return []  # a right that was lost does not unmake what is known
+        self._listed[scope] = listed
+        return [
+            place
+            for place in sorted(self._entries)
+            if place.cluster == scope.cluster and scope.namespace in ("", place.namespace)
+        ]
+
+    def derive(self, draft: Draft, place: Place) -> list[PodFacts]:
+        """Derive a run's row again from its objects; return the Pods that it needs no more."""
+        entry = self._entries.get(place)
+        listed = self._is_listed(place)
+        if entry is None or listed is None:  # None: Jobs are still to come, and Pods alone would tell half the truth
+            return []
+        job = current_job(entry.jobs.values())
+        if job is None and (listed or not entry.pods):
+            if entry.run_id:
+                self._tables.drop(draft, Run, (entry.run_id,))
+                del self._owners[entry.run_id]
+                entry.run_id = None
+            return []
+        is_new = entry.run_id is None
+        if entry.run_id is None:
+            entry.run_id = self._key_for(place, bool(job and job.scheduled))
+            self._owners[entry.run_id] = place
+        pod = current_pod(entry.pods.values(), job)
+        self._tables.set(draft, self._row(place, entry.run_id, job, pod, draft.now))
+        if is_new and entry.run_id != place.id:
+            self._rename_followers(draft, place, entry.run_id)
+        self._tell_malformed(draft, entry, pod, job)
+        return [other for other in entry.pods.values() if other.gone and other is not pod]
+
+    def expired(self, before: str) -> list[tuple[str, list[Facts]]]:
+        """Return the keys and objects of runs that ended before a time and whose Job is gone."""
+        found: list[tuple[str, list[Facts]]] = []
+        for run_id, place in self._owners.items():
+            row, entry = self._tables.run(run_id), self._entries[place]
+            ended_at = (row.finished_at or row.deleted_at) if row else None
+            if ended_at and ended_at < before and all(job.gone for job in entry.jobs.values()):
+                found.append((run_id, [*entry.jobs.values(), *entry.pods.values()]))
+        return found
+
+    def forget(self, draft: Draft, run_id: str) -> None:
+        """Drop a run whole."""
+        del self._entries[self._owners.pop(run_id)]
+        self._tables.drop(draft, Run, (run_id,))
+
+    def _is_listed(self, place: Place) -> bool | None:
+        own = self._listed.get(Scope(place.cluster, JOBS.name, place.namespace))
+        return self._listed.get(Scope(place.cluster, JOBS.name, "")) if own is None else own
+
+    def _key_for(self, place: Place, scheduled: bool) -> str:
+        taken = self._owners.get(place.id, place) != place
+        return f"{place.id}@{place.cluster}/{place.namespace}" if scheduled or taken else place.id
+
+    def _row(self, place: Place, run_id: str, job: JobFacts | None, pod: PodFacts | None, now: float) -> Run:
+        before = self._tables.run(run_id)
+        row = run_row(place, run_id, job, pod)
+        ending = self._endings.get((place.cluster, job.uid)) if job else None
+        status, reason = status_of(job, pod, ending, before.status if before else None)
+        ended_at = job.ended_at if job else None
+        if status in TERMINAL and ended_at is None:
+            by_pod = pod.ended_at if pod and status != CANCELLED else None
+            known = before.finished_at if before and before.job_uid == row.job_uid else None
+            ended_at = by_pod or known or format_time(now)
+        if before and before.status in TERMINAL and status not in TERMINAL and self._holds(before, job):
+            status, reason, ended_at = before.status, before.reason, before.finished_at
+        return with_status(row, status, reason, ended_at)
+
+    @staticmethod
+    def _holds(before: Run, job: JobFacts | None) -> bool:
+        """Say whether a terminal row stays: not for a new Job, nor for one seen again that was taken for deleted."""
+        if job is None or before.job_uid != job.uid:
+            return False
+        return not (before.deleted_at and job.gone is None)
+
+    def _rename_followers(self, draft: Draft, place: Place, run_id: str) -> None:
+        """Give volumes and warnings that came before their run the key it got."""
+        for row in [*self._tables.rows(Volume), *self._tables.rows(ClusterEvent)]:
+            if isinstance(row, (Volume, ClusterEvent)) and (row.cluster, row.namespace, row.run_id) == place:
+                self._tables.set(draft, row._replace(run_id=run_id))
+
+    @staticmethod
+    def _tell_malformed(draft: Draft, entry: _Entry, pod: PodFacts | None, job: JobFacts | None) -> None:
+        malformed = (pod.report.malformed if pod else ()) + (job.report.malformed if job else ())
+        if malformed and not entry.malformed_told:
+            draft.malformed.append((entry.run_id or "", malformed))
+            entry.malformed_told = True
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Store
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Snapshot(NamedTuple):
+    """What the cache holds at start."""
+
+    objects: Sequence[tuple[ObjectKey, Facts]] = ()
+    rows: Sequence[Row] = ()
+    synced: Sequence[Scope] = ()  # scopes that were listed whole at least once
+    reserved_seq: int = 0  # the cache has reserved the block of numbers after this one
+
+
+class Store:
+    """What is known now. Every method takes what was seen and the time, and returns what that changed."""
+
+    def __init__(self, zone: Zone) -> None:
+        self._zone = zone
+        self._objects: dict[tuple[str, str], dict[tuple[str, str], Facts]] = {}  # by cluster and resource
+        self.tables = Tables()
+        self._runs = RunBook(self.tables)
+
+    def load(self, snapshot: Snapshot) -> None:
+        """Take over what the cache holds; nothing of it is a change."""
+        self.tables.load(snapshot.rows, snapshot.reserved_seq)
+        self._runs.load(snapshot.synced)
+        for key, facts in snapshot.objects:
+            self._objects.setdefault((key.cluster, key.resource), {})[key.namespace, key.name] = facts
+            self._runs.attach(key.cluster, facts)
+
+    def observe(self, progress: Progress, name: tuple[str, str], facts: Facts | None, now: float) -> Commit:
+        """Take in an object that was added or modified; `facts` is None for one that is not fabrik's, or no more."""
+        draft, key = Draft(now), self._key(progress.scope, name)
+        if facts is not None:
+            self._put(draft, key, facts)
+        else:
+            known = self._of(key).get(name)
+            if known is not None:
+                self._forget(draft, key, known)
+        return self._commit(draft, progress)
+
+    def remove(self, progress: Progress, name: tuple[str, str], facts: Facts | None, now: float) -> Commit:
+        """Take in a DELETED event; `facts` come from the last state, which it carries."""
+        draft, key = Draft(now), self._key(progress.scope, name)
+        known = self._of(key).get(name)
+        last = facts or known
+        if last is not None and (known is None or known.uid == last.uid):
+            self._bury(draft, key, last, DELETED)
+        return self._commit(draft, progress)
+
+    def advance(self, progress: Progress, now: float) -> Commit:
+        """Take in a bookmark."""
+        return self._commit(Draft(now), progress)
+
+    def replace(self, progress: Progress, items: Iterable[Facts], now: float) -> Commit:
+        """Swap in a whole list: what it lacks vanished while nobody looked."""
+        draft, scope = Draft(now), progress.scope
+        missing = {
+            name: facts
+            for name, facts in self._objects.get((scope.cluster, scope.resource), {}).items()
+            if scope.namespace in ("", facts.namespace) and not facts.gone
+        }
+        for facts in sorted(items, key=lambda item: (item.namespace, item.name)):
+            name = facts.namespace, facts.name
+            missing.pop(name, None)
+            self._put(draft, self._key(scope, name), facts)
+        for name, facts in missing.items():
+            self._bury(draft, self._key(scope, name), facts, VANISHED)
+        draft.places.update(dict.fromkeys(self._runs.set_listed(scope, True)))
+        return self._commit(draft, progress)
+
+    def forbid(self, scope: Scope, now: float) -> Commit:
+        """Take in that a scope may not be read: without Jobs, Pods tell of runs provisionally."""
+        draft = Draft(now)
+        draft.places.update(dict.fromkeys(self._runs.set_listed(scope, False)))
+        return self._commit(draft, None)
+
+    def tick(self, now: float, retention: float) -> Commit:
+        """Let time pass: schedules have a next run again; what ended longer than `retention` seconds ago leaves."""
+        draft = Draft(now)
+        for (cluster, _), objects in self._objects.items():
+            for facts in objects.values():
+                if isinstance(facts, CronJobFacts):
+                    self.tables.set(draft, schedule_row(cluster, facts, now, self._zone))
+        before = format_time(now - retention)
+        for run_id, objects_of_run in self._runs.expired(before):
+            cluster = (self.tables.run(run_id) or Run("", "", "")).cluster
+            for facts in objects_of_run:
+                resource_name = JOBS.name if isinstance(facts, JobFacts) else PODS.name
+                self._erase(draft, ObjectKey(cluster, resource_name, facts.namespace, facts.name))
+            self._runs.forget(draft, run_id)
+        for row in [*self.tables.rows(Volume), *self.tables.rows(ClusterEvent)]:
+            ended_at = row.deleted_at if isinstance(row, Volume) else getattr(row, "last_at", None)
+            if ended_at and ended_at < before:
+                self.tables.drop(draft, type(row), row_key(row))
+        return self._commit(draft, None)
+
+    @staticmethod
+    def _key(scope: Scope, name: tuple[str, str]) -> ObjectKey:
+        return ObjectKey(scope.cluster, scope.resource, *name)
+
+    def _of(self, key: ObjectKey) -> dict[tuple[str, str], Facts]:
+        return self._objects.setdefault((key.cluster, key.resource), {})
+
+    def _put(self, draft: Draft, key: ObjectKey, facts: Facts) -> None:
+        known = self._of(key).get((key.namespace, key.name))
+        if known == facts:
+            return
+        if known is not None and known.id != facts.id:
+            self._runs.detach(key.cluster, known)
+            self._touch(draft, key, known)
+        self._of(key)[key.namespace, key.name] = facts
+        draft.objects[key] = facts
+        self._runs.attach(key.cluster, facts)
+        self._touch(draft, key, facts)
+        self._set_row(draft, key, facts)
+
+    def _bury(self, draft: Draft, key: ObjectKey, facts: Facts, how: str) -> None:
+        """Keep what an object that is gone still tells of its run; forget one that tells nothing."""
+        buried = facts._replace(gone=how, gone_at=format_time(draft.now))
+        if isinstance(buried, (JobFacts, PodFacts)):
+            self._put(draft, key, buried)
+            return
+        if isinstance(buried, CronJobFacts):
+            self.tables.drop(draft, Schedule, (key.cluster, key.namespace, key.name))
+        elif isinstance(buried, VolumeFacts):
+            self._set_row(draft, key, buried)
+        self._erase(draft, key)  # a Warning's row outlives its Event
+
+    def _forget(self, draft: Draft, key: ObjectKey, facts: Facts) -> None:
+        self._erase(draft, key)
+        self._runs.detach(key.cluster, facts)
+        self._touch(draft, key, facts)
+        kind = {CronJobFacts: Schedule, VolumeFacts: Volume}.get(type(facts))
+        if kind is not None:
+            self.tables.drop(draft, kind, (key.cluster, key.namespace, key.name))
+
+    def _erase(self, draft: Draft, key: ObjectKey) -> None:
+        self._of(key).pop((key.namespace, key.name), None)
+        draft.objects[key] = None
+
+    def _touch(self, draft: Draft, key: ObjectKey, facts: Facts) -> None:
+        concerns_run = isinstance(facts, (JobFacts, PodFacts)) or (isinstance(facts, EventFacts) and ending_of(facts))
+        if concerns_run and facts.id:
+            draft.places[Place(key.cluster, key.namespace, facts.id)] = None
+
+    def _set_row(self, draft: Draft, key: ObjectKey, facts: Facts) -> None:
+        if isinstance(facts, CronJobFacts):
+            self.tables.set(draft, schedule_row(key.cluster, facts, draft.now, self._zone))
+        elif isinstance(facts, VolumeFacts):
+            self.tables.set(draft, volume_row(key.cluster, facts, self._runs.run_id_for(key.cluster, facts)))
+        elif isinstance(facts, EventFacts) and facts.warning:
+            self.tables.set(draft, warning_row(key.cluster, facts, self._runs.run_id_for(key.cluster, facts)))
+
+    def _commit(self, draft: Draft, progress: Progress | None) -> Commit:
+        for place in draft.places:
+            for pod in self._runs.derive(draft, place):
+                self._runs.detach(place.cluster, pod)
+                self._erase(draft, ObjectKey(place.cluster, PODS.name, pod.namespace, pod.name))
+        reserved = self.tables.reservation()
+        objects = tuple(draft.objects.items())
+        return Commit(tuple(draft.changes), objects, progress, reserved, tuple(draft.malformed))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schema
+# ----------------------------------------------------------------------------------------------------------------------
+
+Statement = tuple[str, Values]
+
+_VERSION_1: Final = """
+CREATE TABLE runs (
+  run_id TEXT PRIMARY KEY,
+  cluster TEXT NOT NULL,
+  namespace TEXT NOT NULL DEFAULT 'fabrik-runs',
+  status TEXT CHECK(status IN ('pending', 'running', 'blocked', 'finished', 'failed', 'cancelled')),
+  current_task TEXT,
+  task_status TEXT,
+  progress_finished INTEGER,
+  progress_total INTEGER,
+  spec_id TEXT,
+  template TEXT,
+  created_at TEXT,
+  updated_at TEXT,
+  last_sync_at TEXT,
+  id TEXT,
+  project TEXT,
+  phase TEXT,
+  task_attempt INTEGER,
+  iteration INTEGER,
+  heartbeat_at TEXT,
+  reason TEXT,
+  job_name TEXT,
+  job_uid TEXT,
+  pod_name TEXT,
+  schedule_id TEXT,
+  started_at TEXT,
+  finished_at TEXT,
+  deleted_at TEXT
+);
+CREATE TABLE run_events (
+  id INTEGER PRIMARY KEY AUTOINCREMENT,
+  run_id TEXT REFERENCES runs(run_id),
+  event_type TEXT CHECK(event_type IN ('status_changed', 'task_completed', 'blocked', 'log_line')),
+  payload TEXT,
+  cluster_timestamp TEXT,
+  local_timestamp TEXT
+);
+CREATE INDEX idx_runs_status ON runs(status);
+CREATE INDEX idx_runs_cluster ON runs(cluster);
+CREATE INDEX idx_events_run_id ON run_events(run_id, cluster_timestamp);
+CREATE INDEX idx_runs_created_at ON runs(created_at);
+CREATE INDEX idx_runs_id ON runs(id);
+CREATE TABLE objects (
+  cluster TEXT NOT NULL,
+  resource TEXT NOT NULL,
+  namespace TEXT NOT NULL,
+  name TEXT NOT NULL,
+  uid TEXT,
+  run TEXT,
+  facts TEXT NOT NULL,
+  PRIMARY KEY (cluster, resource, namespace, name)
+) WITHOUT ROWID;
+CREATE TABLE changes (seq INTEGER PRIMARY KEY, type TEXT NOT NULL, cluster TEXT, at TEXT NOT NULL, row TEXT NOT NULL);
+CREATE TABLE schedules (
+  cluster TEXT NOT NULL,
+  namespace TEXT NOT NULL,
+  name TEXT NOT NULL,
+  schedule_id TEXT,
+  schedule TEXT,
+  time_zone TEXT,
+  suspended INTEGER NOT NULL,
+  active INTEGER NOT NULL,
+  created_at TEXT,
+  last_run_at TEXT,
+  last_success_at TEXT,
+  next_run_at TEXT,
+  missed INTEGER NOT NULL,
+  PRIMARY KEY (cluster, namespace, name)
+);
+CREATE TABLE volumes (
+  cluster TEXT NOT NULL,
+  namespace TEXT NOT NULL,
+  name TEXT NOT NULL,
+  run_id TEXT,
+  phase TEXT,
+  capacity_bytes INTEGER,
+  storage_class TEXT,
+  created_at TEXT,
+  deleted_at TEXT,
+  PRIMARY KEY (cluster, namespace, name)
+);
+CREATE INDEX idx_volumes_run_id ON volumes(run_id);
+CREATE TABLE cluster_events (
+  cluster TEXT NOT NULL,
+  namespace TEXT NOT NULL,
+  name TEXT NOT NULL,
+  uid TEXT,
+  run_id TEXT,
+  object_kind TEXT,
+  object_name TEXT,
+  reason TEXT,
+  message TEXT,
+  count INTEGER NOT NULL,
+  first_at TEXT,
+  last_at TEXT,
+  PRIMARY KEY (cluster, namespace, name)
+);
+CREATE INDEX idx_cluster_events_run_id ON cluster_events(run_id);
+CREATE TABLE alerts (
+  fingerprint TEXT PRIMARY KEY,
+  alertname TEXT NOT NULL,
+  cluster TEXT,
+  run_id TEXT,
+  starts_at TEXT NOT NULL,
+  ends_at TEXT
+);
+CREATE TABLE clusters (
+  name TEXT PRIMARY KEY,
+  server TEXT,
+  uid TEXT,
+  priority INTEGER NOT NULL,
+  connected INTEGER NOT NULL,
+  last_event_at TEXT,
+  error TEXT
+);
+CREATE TABLE watches (
+  cluster TEXT NOT NULL,
+  resource TEXT NOT NULL,
+  namespace TEXT NOT NULL,
+  resource_version TEXT,
+  synced_at TEXT,
+  state TEXT,
+  error TEXT,
+  PRIMARY KEY (cluster, resource, namespace)
+);
+"""
+
+MIGRATIONS: Final = (_VERSION_1,)  # the n-th brings a cache from schema version n to n + 1
+META: Final = "CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT)"
+TABLES: Final[dict[str, type[Row]]] = {
+    "runs": Run,
+    "schedules": Schedule,
+    "volumes": Volume,
+    "cluster_events": ClusterEvent,
+}
+_TABLE_OF: Final[dict[type[Row], str]] = {kind: table for table, kind in TABLES.items()}
+_KEY_COLUMNS: Final = {"runs": ("run_id",)}
+_CHANGES_KEPT: Final = 100_000  # about a day of a busy cluster, some 80 MB
+
+# What user SQL may do; the codes are SQLite's (sqlite3.h), written out since the core does not import sqlite3.
+SQLITE_OK: Final = 0
+SQLITE_DENY: Final = 1
+SQLITE_SELECT: Final = 21
+SQLITE_READ: Final = 20
+SQLITE_FUNCTION: Final = 31
+SQLITE_RECURSIVE: Final = 33
+_FUNCTIONS: Final = frozenset(
+    [
+        "abs",
+        "avg",
+        "char",
+        "coalesce",
+        "count",
+        "date",
+        "datetime",
+        "format",
+        "glob",
+        "group_concat",
+        "hex",
+        "ifnull",
+        "iif",
+        "instr",
+        "json",
+        "json_array",
+        "json_array_length",
+        "json_extract",
+        "json_group_array",
+        "json_group_object",
+        "json_object",
+        "json_quote",
+        "json_type",
+        "json_valid",
+        "julianday",
+        "length",
+        "like",
+        "likely",
+        "lower",
+        "ltrim",
+        "max",
+        "min",
+        "nullif",
+        "printf",
+        "quote",
+        "random",
+        "replace",
+        "round",
+        "rtrim",
+        "sign",
+        "strftime",
+        "substr",
+        "substring",
+        "sum",
+        "time",
+        "total",
+        "trim",
+        "typeof",
+        "unicode",
+        "unixepoch",
+        "unlikely",
+        "upper",
+        "row_number",
+        "rank",
+        "dense_rank",
+        "percent_rank",
+        "cume_dist",
+        "ntile",
+        "lag",
+        "lead",
+        "first_value",
+        "last_value",
+        "nth_value",
+    ]
+)
+
+
+def upsert(row: Row) -> Statement:
+    """Return the statement that writes a row. An upsert, since REPLACE would delete the row and fire its references."""
+    table = _TABLE_OF[type(row)]
+    return _upsert_sql(table, row._fields, _KEY_COLUMNS.get(table, ("cluster", "namespace", "name"))), tuple(row)
+
+
+def commit_statements(commit: Commit) -> list[Statement]:
+    """Return all that a commit writes, rows before the resource version they bring the cache up to."""
+    statements: list[Statement] = []
+    for change in commit.changes:
+        statements += _change_statements(change)
+    for key, facts in commit.objects:
+        statements.append(_object_statement(key, facts))
+    if commit.progress is not None:
+        statements.append(_progress_statement(commit.progress))
+    if commit.reserved_seq is not None:
+        statements.append(set_meta("reserved_seq", str(commit.reserved_seq)))
+    return statements
+
+
+def set_meta(key: str, value: str) -> Statement:
+    """Return the statement that writes a value of `meta`."""
+    return "INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", (
+        key,
+        value,
+    )
+
+
+def cluster_statement(name: str, columns: JsonObject) -> Statement:
+    """Return the statement that writes some columns of a row of `clusters`."""
+    values = {"name": name, "priority": 100, "connected": 0, **columns}
+    return _upsert_sql("clusters", tuple(values), ("name",), tuple(columns)), tuple(values.values())
+
+
+def watch_statement(scope: Scope, columns: JsonObject) -> Statement:
+    """Return the statement that writes some columns of a row of `watches`."""
+    values = {"cluster": scope.cluster, "resource": scope.resource, "namespace": scope.namespace, **columns}
+    return _upsert_sql("watches", tuple(values), scope._fields, tuple(columns)), tuple(values.values())
+
+
+def retention_statements(seq: int, before: str) -> list[Statement]:
+    """Return the statements that let old history go."""
+    return [
+        ("DELETE FROM changes WHERE seq < ?", (seq - _CHANGES_KEPT,)),
+        ("DELETE FROM run_events WHERE local_timestamp < ? AND run_id NOT IN (SELECT run_id FROM runs)", (before,)),
+    ]
+
+
+def facts_json(facts: Facts) -> str:
+    """Return the text that `objects.facts` holds; facts_from_json reads it."""
+    fields = facts._asdict()
+    if "report" in fields:
+        fields["report"] = {name: value for name, value in facts.report._asdict().items() if value}  # type: ignore[union-attr]
+    return json.dumps({name: value for name, value in fields.items() if value not in (None, {})}, ensure_ascii=False)
+
+
+def facts_from_json(resource_name: str, text: str) -> Facts:
+    """Return the facts that `objects.facts` holds, whatever version of this program wrote it. Raises ValueError."""
+    kind, said = FACTS[resource_name], json.loads(text)
+    if "report" in kind._fields:
+        report = said.get("report", {})
+        known = {name: value for name, value in report.items() if name in Report._fields}
+        said["report"] = Report(**{**known, "malformed": tuple(known.get("malformed", ()))})
+    try:
+        return kind(**{name: value for name, value in said.items() if name in kind._fields})
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+
+
+def authorize(action: int, first: str | None, second: str | None) -> int:
+    """Return SQLite's answer to what a statement wants: reading is allowed, and functions that are harmless."""
+    if action in (SQLITE_SELECT, SQLITE_READ, SQLITE_RECURSIVE):
+        return SQLITE_OK
+    if action == SQLITE_FUNCTION and (second or first or "").lower() in _FUNCTIONS:
+        return SQLITE_OK
+    return SQLITE_DENY
+
+
+_SQL_TEXTS: Final[dict[tuple[str, tuple[str, ...], tuple[str, ...]], str]] = {}
+
+
+def _upsert_sql(
+    table: str, columns: tuple[str, ...], keys: tuple[str, ...], updated: tuple[str, ...] | None = None
+) -> str:
+    cache_key = table, columns, updated or ()
+    text = _SQL_TEXTS.get(cache_key)
+    if text is None:
+        marks = ", ".join("?" * len(columns))
+        set_ = ", ".join(f"{name} = excluded.{name}" for name in updated or columns if name not in keys)
+        text = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks}) ON CONFLICT ({', '.join(keys)}) "  # noqa: S608
+        text += f"DO UPDATE SET {set_}" if set_ else "DO NOTHING"
+        _SQL_TEXTS[cache_key] = text
+    return text
+
+
+def _change_statements(change: Change) -> list[Statement]:
+    row = change.row
+    table = _TABLE_OF[type(row)]
+    statements: list[Statement] = []
+    if (change.type.endswith(":removed") and not getattr(row, "deleted_at", None)) or change.type == "run:removed":
+        keys = _KEY_COLUMNS.get(table, ("cluster", "namespace", "name"))
+        where = " AND ".join(f"{name} = ?" for name in keys)
+        if table == "runs":
+            statements.append(("DELETE FROM run_events WHERE run_id = ?", row_key(row)))
+        statements.append((f"DELETE FROM {table} WHERE {where}", row_key(row)))  # noqa: S608 - names of ours
+    else:
+        statements.append(upsert(row))
+    text = json.dumps(row._asdict(), ensure_ascii=False)
+    statements.append(
+        (
+            "INSERT INTO changes (seq, type, cluster, at, row) VALUES (?, ?, ?, ?, ?)",
+            (change.seq, change.type, row.cluster, change.at, text),
+        )
+    )
+    for event in run_events_of(change):
+        payload = json.dumps(event.payload, ensure_ascii=False)
+        statements.append(
+            (
+                "INSERT INTO run_events (id, run_id, event_type, payload, cluster_timestamp, local_timestamp)"
+                " VALUES (?, ?, ?, ?, ?, ?)",
+                (event.id, event.run_id, event.event_type, payload, event.cluster_timestamp, change.at),
+            )
+        )
+    return statements
+
+
+def _object_statement(key: ObjectKey, facts: Facts | None) -> Statement:
+    if facts is None:
+        return "DELETE FROM objects WHERE cluster = ? AND resource = ? AND namespace = ? AND name = ?", tuple(key)
+    columns = (*ObjectKey._fields, "uid", "run", "facts")
+    return _upsert_sql("objects", columns, ObjectKey._fields), (*key, facts.uid, facts.id, facts_json(facts))
+
+
+def _progress_statement(progress: Progress) -> Statement:
+    return watch_statement(progress.scope, {"resource_version": progress.resource_version, "synced_at": progress.at})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# HTTP
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class ResponseHead(NamedTuple):
+    """Status and headers of a response; header names in lower case."""
+
+    status: int
+    headers: dict[str, str]
+
+
+class ResponseEnd(NamedTuple):
+    """The response is whole; `reusable` says whether the connection can take another request."""
+
+    reusable: bool
+
+
+ResponsePart = Union[ResponseHead, bytes, ResponseEnd]
+
+
+class HttpClientCodec:
+    """The client side of HTTP/1.1 (RFC 9112): one GET after the other on one connection."""
+
+    def __init__(self, authority: str, headers: Mapping[str, str]) -> None:
+        self._headers = [("Host", authority), *headers.items()]
+        self._connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEADERS_MAX_BYTES)
+        self._inflate: Any | None = None
+
+    def send_get(self, target: str, *, compressed: bool) -> bytes:
+        """Return the bytes of a request. Raises ProtocolError where the last response is not through."""
+        encoding = [("Accept-Encoding", "gzip")] if compressed else []
+        try:
+            if self._connection.our_state is not h11.IDLE:
+                self._connection.start_next_cycle()
+            request = h11.Request(method="GET", target=target, headers=[*self._headers, *encoding])
+            return bytes(self._connection.send(request) or b"") + bytes(
+                self._connection.send(h11.EndOfMessage()) or b""
+            )
+        except h11.LocalProtocolError as error:
+            raise ProtocolError(f"this request cannot be sent: {error}") from None
+
+    def receive(self, data: bytes) -> Iterator[ResponsePart]:
+        """Yield the parts of responses in what was received; b"" is the connection's end.
+
+        Raises ProtocolError for bytes that are no response, and for an end inside of one: a chunked body that lacks
+        its last chunk was cut off, however tidy its last line looks.
+        """
+        try:
+            self._connection.receive_data(data)
+            while True:
+                event = self._connection.next_event()
+                if isinstance(event, h11.Response):
+                    yield self._on_head(event)
+                elif isinstance(event, h11.Data):
+                    yield bytes(event.data) if self._inflate is None else self._inflate.decompress(event.data)
+                elif isinstance(event, h11.EndOfMessage):
+                    yield ResponseEnd(self._connection.their_state is h11.DONE)
+                elif event is h11.NEED_DATA or event is h11.PAUSED or isinstance(event, h11.ConnectionClosed):
+                    return
+        except h11.RemoteProtocolError as error:
+            raise ProtocolError(str(error) if data else "the connection broke off inside a response") from None
+        except zlib.error as error:
+            raise ProtocolError(f"compressed data is damaged: {error}") from None
+
+    def _on_head(self, response: h11.Response) -> ResponseHead:
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in response.headers}
+        encoding = headers.get("content-encoding", "identity")
+        if encoding not in ("identity", "gzip"):
+            raise ProtocolError(f"the server sent content encoding {encoding!r} without being asked")
+        self._inflate = zlib.decompressobj(31) if encoding == "gzip" else None
+        return ResponseHead(int(response.status_code), headers)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Watch decoding
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class WatchEvent(NamedTuple):
+    """One line of a watch: its type and object (kubernetes.io, API concepts, "Efficient detection of changes")."""
+
+    type: str
+    object: JsonObject
+
+    @property
+    def resource_version(self) -> str:
+        """The opaque version that this event brings its watch up to; empty where it carries none."""
+        value = object_at(self.object, "metadata").get("resourceVersion")
+        return value if isinstance(value, str) else ""
+
+
+class LineDecoder:
+    """Takes the body of a watch apart: one JSON object a line, whatever the chunks."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []  # of the unfinished line; joining them at each chunk would be quadratic
+        self._pieces_bytes = 0
+
+    def receive(self, data: bytes) -> Iterator[WatchEvent]:
+        """Yield the events of all lines that are complete. Raises ProtocolError."""
+        *lines, rest = data.split(b"\n")
+        if lines:
+            lines[0] = b"".join((*self._pieces, lines[0]))
+            self._pieces, self._pieces_bytes = [], 0
+        self._pieces.append(rest)
+        self._pieces_bytes += len(rest)
+        if self._pieces_bytes > ITEM_MAX_BYTES:
+            raise ProtocolError(f"a line of over {ITEM_MAX_BYTES} bytes")
+        for line in lines:
+            if line.strip():
+                yield self._event(line)
+
+    @staticmethod
+    def _event(line: bytes) -> WatchEvent:
+        try:
+            value = json.loads(line.decode("utf-8", "replace"))
+            kind, item = value["type"], value["object"]
+        except (ValueError, RecursionError, KeyError, TypeError):
+            raise ProtocolError("a line that is no watch event") from None
+        if not isinstance(kind, str) or not isinstance(item, dict):
+            raise ProtocolError("a line that is no watch event")
+        return WatchEvent(kind, item)
+
+
+class ListDecoder:
+    """Takes a list response apart item by item while it arrives: `{"metadata": {...}, "items": [{...}, ...]}`."""
+
+    _SPACE = re.compile(r"[\s,]*")
+    _FIRST_RETRY_CHARS = 64 * 1024
+
+    def __init__(self) -> None:
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._scan = json.JSONDecoder().raw_decode
+        self._text = ""
+        self._at = 0
+        self._retry_chars = 0  # an unfinished value is tried again when as much text has come as it had
+        self._inside: str | None = None  # None: before the object; "object", "items", "end"
+        self._head: JsonObject = {}
+
+    def receive(self, data: bytes, *, last: bool = False) -> Iterator[JsonObject]:
+        """Yield the items that are complete, as they are asked for. Raises ProtocolError, at `last` for what lacks."""
+        self._text = self._text[self._at :] + self._utf8.decode(data, last)
+        self._at = 0
+        if len(self._text) > ITEM_MAX_BYTES and self._retry_chars > ITEM_MAX_BYTES:
+            raise ProtocolError(f"an item of over {ITEM_MAX_BYTES} bytes")
+        if last or len(self._text) >= self._retry_chars:
+            yield from self._values(last)
+        if last and self._inside != "end":
+            raise ProtocolError("a list that is cut off or no JSON")
+
+    @property
+    def resource_version(self) -> str:
+        """The version of the whole list; empty where it carries none."""
+        value = object_at(self._head, "metadata").get("resourceVersion")
+        return value if isinstance(value, str) else ""
+
+    @property
+    def continue_token(self) -> str:
+        """What asks for the next page; empty on the last."""
+        value = object_at(self._head, "metadata").get("continue")
+        return value if isinstance(value, str) else ""
+
+    def _values(self, last: bool) -> Iterator[JsonObject]:
+        while self._inside != "end":
+            start = self._SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]
+            here = self._text[start : start + 1]
+            if not here:
+                return
+            if self._inside == "items" and here != "]":
+                item = self._value(start, last)
+                if item is None:
+                    return
+                if not isinstance(item[0], dict):
+                    raise ProtocolError("a list whose items are no objects")
+                yield item[0]
+            elif not self._member(start, here, last):
+                return
+
+    def _member(self, start: int, here: str, last: bool) -> bool:
+        """Take in one step of the outer object; False where more text is needed."""
+        if (self._inside is None and here == "{") or self._inside == "items":
+            self._inside, self._at = "object", start + 1
+        elif self._inside == "object" and here == "}":
+            self._inside, self._at = "end", start + 1
+        elif self._inside == "object":
+            return self._key_and_value(start, last)
+        else:
+            raise ProtocolError("a list that is no JSON object")
+        return True
+
+    def _key_and_value(self, start: int, last: bool) -> bool:
+        before = self._at
+        key = self._value(start, last)
+        colon = self._SPACE.match(self._text, self._at).end() if key else 0  # type: ignore[union-attr]
+        value_at = self._SPACE.match(self._text, colon + 1).end() if key else 0  # type: ignore[union-attr]
+        if key is None or value_at >= len(self._text):
+            self._at = before
+            return False
+        if not isinstance(key[0], str) or self._text[colon] != ":":
+            raise ProtocolError("a list that is no JSON object")
+        if key[0] == "items" and self._text[value_at] == "[":
+            self._inside, self._at = "items", value_at + 1
+            return True
+        value = self._value(value_at, last)
+        if value is None:
+            self._at = before
+            return False
+        self._head[key[0]] = value[0]
+        return True
+
+    def _value(self, start: int, last: bool) -> tuple[Any] | None:
+        """Return the value at a place and go past it, None where it is not whole yet."""
+        try:
+            value, end = self._scan(self._text, start)
+        except (ValueError, RecursionError):
+            value, end = None, len(self._text)
+        if end >= len(self._text):  # nothing follows it: a number might go on
+            if last:
+                raise ProtocolError("a list that is cut off or no JSON")
+            rest = len(self._text) - self._at
+            self._retry_chars = 2 * rest if rest > self._FIRST_RETRY_CHARS else 0
+            return None
+        self._at, self._retry_chars = end, 0
+        return (value,)
+
+
+class Refusal(NamedTuple):
+    """What a response that is no 200, or an ERROR event, says."""
+
+    code: int
+    message: str  # for people
+    retry_after_s: float | None = None
+
+    @property
+    def is_expired(self) -> bool:
+        """Whether a resource version or continue token is too old."""
+        return self.code == 410
+
+
+def refusal_from_status(code: int, status: JsonObject) -> Refusal:
+    """Return what a Status object says (kubernetes.io, API reference, Status)."""
+    said = parse_int(status.get("code")) or code
+    message = text_at(status, "message") or text_at(status, "reason") or f"HTTP {said}"
+    return Refusal(said, message, _seconds(object_at(status, "details").get("retryAfterSeconds")))
+
+
+def refusal_from_response(head: ResponseHead, body: bytes) -> Refusal:
+    """Return what a refusing response says: a Status, plain text (429), or nothing but its code."""
+    text = body.decode("utf-8", "replace")
+    status = parse_json_object(text)
+    if status is not None and ("status" in status or "message" in status):  # a 504's Status lacks kind
+        refusal = refusal_from_status(head.status, status)._replace(code=head.status)
+    else:
+        refusal = Refusal(head.status, clip(" ".join(text.split())[:200]) or f"HTTP {head.status}")
+    retry_after_s = _seconds(head.headers.get("retry-after"))
+    return refusal._replace(retry_after_s=retry_after_s) if retry_after_s is not None else refusal
+
+
+def _seconds(value: object) -> float | None:
+    seconds = parse_int(value)
+    return None if seconds is None else float(min(seconds, 3600))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Watch machine
+# ----------------------------------------------------------------------------------------------------------------------
+
+CONNECTING: Final = "connecting"
+LISTING: Final = "listing"
+WATCHING: Final = "watching"
+BACKING_OFF: Final = "backing off"
+FORBIDDEN: Final = "forbidden"
+UNAUTHORISED: Final = "unauthorised"
+
+
+class Get(NamedTuple):
+    """Send a GET; what came of an earlier list that was not swapped in is void."""
+
+    target: str
+    watch: bool
+    first_page: bool
+
+
+class HangUp(NamedTuple):
+    """Close the connection, if there is one."""
+
+
+class Apply(NamedTuple):
+    """Take in an event of an object."""
+
+    event: WatchEvent
+
+
+class Advance(NamedTuple):
+    """Everything up to this resource version is known."""
+
+    resource_version: str
+
+
+class Swap(NamedTuple):
+    """The list is whole: let it take the place of what was known."""
+
+    resource_version: str
+
+
+class Renew(NamedTuple):
+    """The credentials were refused: resolve them anew."""
+
+
+class Told(NamedTuple):
+    """The watch is in another state; `error` says why, to a person."""
+
+    state: str
+    error: str
+    retry_at: float | None  # monotonic; None where it goes on by itself
+
+
+Action = Union[Get, HangUp, Apply, Advance, Swap, Renew, Told]
+
+
+class WatchMachine:
+    """Follows one collection as client-go's reflector does: list, watch, go on; expire, back off, begin again.
+
+    It does no I/O. Each method takes the monotonic time and returns what to do; `deadline` is when `due` wants to be
+    called. Resource versions are opaque: they are kept and sent back, never compared.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        label_selector: str | None,
+        timing: Timing,
+        jitter: Callable[[], float],
+        resource_version: str | None = None,
+    ) -> None:
+        self._path = path
+        self._selector = {"labelSelector": label_selector} if label_selector else {}
+        self._timing = timing
+        self._jitter = jitter  # uniform in [0, 1)
+        self._version = resource_version  # None: list first
+        self._continue = ""
+        self._paged = True
+        self._failures = 0
+        self._renewed = False
+        self._began_at = 0.0  # of the present request
+        self._events = 0  # of the present watch
+        self._open = False  # the present watch's response has begun
+        self._heard = False  # anything at all in the present watch
+        self._bookmarks = True  # until a server is seen to send none
+        self.state = CONNECTING
+        self.deadline: float | None = None
+
+    def start(self, now: float) -> list[Action]:
+        """Begin, or begin again at once."""
+        return self._list(now) if self._version is None else self._watch(now)
+
+    def heard(self, now: float) -> None:
+        """Take note of bytes: the connection lives."""
+        self.deadline = now + self._patience()
+
+    def on_page(self, resource_version: str, continue_token: str, now: float) -> list[Action]:
+        """Take in the end of a list response, all items of which the caller has kept."""
+        if continue_token:
+            self._continue = continue_token
+            return self._list(now)
+        self._continue, self._paged, self._version = "", True, resource_version
+        return [Swap(resource_version), *self._watch(now)]
+
+    def on_watch_open(self, now: float) -> list[Action]:
+        """Take in the head of a watch's response."""
+        self._renewed, self._open = False, True
+        return self._enter(WATCHING, "", now + self._patience())
+
+    def on_event(self, event: WatchEvent, now: float) -> list[Action]:
+        """Take in one event of a watch."""
+        self._heard = True
+        if event.type == "ERROR":
+            return self.on_refusal(refusal_from_status(500, event.object), now)
+        version = event.resource_version
+        if event.type == "BOOKMARK":
+            self._version = version or self._version
+            return [Advance(version)] if version else []
+        if event.type not in ("ADDED", "MODIFIED", "DELETED") or not version:
+            return self.on_failure(f"an event of unknown type {clip(event.type)!r} or without a version", now)
+        self._events += 1
+        self._version = version
+        return [Apply(event)]
+
+    def on_watch_end(self, now: float) -> list[Action]:
+        """Take in a watch's clean end: its time is over, go on from the last version."""
+        if not self._events and now - self._began_at < EMPTY_WATCH_S:
+            return self._retry("the server ends watches at once", now)
+        if not self._heard and now - self._began_at > self._timing.idle:
+            self._bookmarks = False
+        self._recover(now)
+        return self._watch(now)
+
+    def on_refusal(self, refusal: Refusal, now: float) -> list[Action]:
+        """Take in a response other than 200, or an ERROR event."""
+        if refusal.is_expired:
+            return self._expired(now)
+        if refusal.code == 401:
+            return self._unauthorised(refusal, now)
+        if refusal.code == 403:
+            retry_at = now + self._timing.forbidden_retry * (0.9 + 0.2 * self._jitter())
+            return [HangUp(), *self._enter(FORBIDDEN, refusal.message, retry_at)]
+        if refusal.code in (400, 422) or "resource version" in refusal.message.lower():
+            self._version = None  # not one of this server's: list anew
+        return self._retry(refusal.message, now, refusal.retry_after_s)
+
+    def on_failure(self, error: str, now: float) -> list[Action]:
+        """Take in that there was no connection, or no more: go on from the last whole event after a while."""
+        self._recover(now)
+        return self._retry(error, now)
+
+    def due(self, now: float) -> list[Action]:
+        """Take in that the deadline has come."""
+        if self.state not in (WATCHING, LISTING, CONNECTING):
+            return self.start(now)
+        if not self._open:
+            return self.on_failure(f"no answer for {self._timing.answer:g} s", now)
+        if not self._heard:  # not even a bookmark: this server sends none, or the version is not one of its own
+            self._bookmarks, self._version = False, None
+        return self.on_failure(f"silent for {now - self._began_at:.0f} s", now)
+
+    def _list(self, now: float) -> list[Action]:
+        query = {**self._selector}
+        if self._paged:
+            query["limit"] = str(LIST_PAGE_ITEMS)
+        if self._continue:
+            query["continue"] = self._continue
+        return self._get(query, LISTING, now)
+
+    def _watch(self, now: float) -> list[Action]:
+        seconds = int(self._timing.watch_timeout * (1 + self._jitter()))
+        query = {
+            **self._selector,
+            "watch": "true",
+            "allowWatchBookmarks": "true",
+            "resourceVersion": self._version or "",
+            "timeoutSeconds": str(max(1, seconds)),
+        }
+        self._events, self._heard = 0, False
+        return self._get(query, CONNECTING if self.state != WATCHING else WATCHING, now)
+
+    def _get(self, query: Mapping[str, str], state: str, now: float) -> list[Action]:
+        self._began_at, self._open = now, False
+        watch = "watch" in query
+        target = f"{self._path}?{urllib.parse.urlencode(query)}"
+        entered = self._enter(state, "", now + self._timing.answer)
+        return [*entered, Get(target, watch, first_page=not watch and not self._continue)]
+
+    def _patience(self) -> float:
+        if not self._open:
+            return self._timing.answer
+        return self._timing.idle if self._bookmarks else self._timing.watch_timeout * 2 + self._timing.idle
+
+    def _recover(self, now: float) -> None:
+        if self.state == WATCHING and now - self._began_at >= self._timing.backoff_reset:
+            self._failures = 0
+
+    def _expired(self, now: float) -> list[Action]:
+        """List anew: at once the first time, then paced; an expired continue token asks for one list without pages."""
+        self._paged = not self._continue
+        self._version, self._continue = None, ""
+        if self._failures:
+            return self._retry("the resource version expired", now)
+        self._failures = 1
+        return [HangUp(), *self._list(now)]
+
+    def _unauthorised(self, refusal: Refusal, now: float) -> list[Action]:
+        if not self._renewed:
+            self._renewed = True
+            until = now + self._timing.credentials + self._timing.backoff_max
+            return [HangUp(), *self._enter(UNAUTHORISED, refusal.message, until, waits=False), Renew()]
+        self._retry(refusal.message, now)
+        return [HangUp(), *self._enter(UNAUTHORISED, refusal.message, self.deadline or now)]
+
+    def _retry(self, error: str, now: float, retry_after_s: float | None = None) -> list[Action]:
+        """Back off: exponentially with full jitter, or as long as the server asks."""
+        ceiling = min(self._timing.backoff_max, self._timing.backoff_min * 2.0 ** min(self._failures, 30))
+        self._failures += 1
+        self._continue = ""
+        delay = ceiling * self._jitter() if retry_after_s is None else retry_after_s + self._jitter()
+        return [HangUp(), *self._enter(BACKING_OFF, error, now + delay)]
+
+    def _enter(self, state: str, error: str, deadline: float, *, waits: bool = True) -> list[Action]:
+        self.state, self.deadline = state, deadline
+        waits = waits and state in (BACKING_OFF, FORBIDDEN, UNAUTHORISED)
+        return [Told(state, error, deadline if waits else None)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Views
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Column(NamedTuple):
+    """A column of a table: its title and the text of a row's cell, given the time."""
+
+    title: str
+    cell: Callable[[JsonObject, float], str]
+    right: bool = False
+
+
+class Freshness(NamedTuple):
+    """How old a cluster's part of an answer is."""
+
+    cluster: str
+    connected: bool
+    synced_at: str | None  # None: not yet synced
+    error: str | None = None
+
+
+# Control characters (C0, C1), line and paragraph separators, and what reverses or hides text (UAX 9).
+_HARMFUL = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
+)
+
+
+def safe_text(value: object) -> str:
+    """Return a text that is harmless on a terminal: what would steer it stands there escaped."""
+    text = "" if value is None else str(value)
+    if text.isascii() and text.isprintable():
+        return text
+    return _HARMFUL.sub(lambda match: repr(match[0])[1:-1], text)
+
+
+def format_table(columns: Sequence[Column], rows: Sequence[JsonObject], now: float, width: int | None) -> str:
+    """Return rows under titles, aligned, each line cut to `width` cells of the terminal; None means any width."""
+    lines = [[column.title for column in columns]]
+    lines += [[safe_text(column.cell(row, now)) for column in columns] for row in rows]
+    widths = [max(_cells(line[index]) for line in lines) for index in range(len(columns))]
+    text = []
+    for line in lines:
+        padded = [
+            " " * (size - _cells(cell)) + cell if column.right else cell + " " * (size - _cells(cell))
+            for cell, size, column in zip(line, widths, columns)
+        ]
+        text.append(_cut("   ".join(padded).rstrip(), width) + "\n")
+    return "".join(text)
+
+
+def format_json(value: object) -> str:
+    """Return indented JSON with a newline at its end; text from a cluster stands escaped where it could do harm."""
+    text = json.dumps(value, ensure_ascii=False, indent=2)
+    return _HARMFUL.sub(lambda match: match[0] if match[0] == "\n" else f"\\u{ord(match[0]):04x}", text) + "\n"
+
+
+def freshness_lines(parts: Sequence[Freshness], now: float) -> list[str]:
+    """Return what a reader must know of an answer's age, one line a cluster that is not live."""
+    lines = []
+    for part in parts:
+        why = f" ({safe_text(part.error)})" if part.error else ""
+        if part.synced_at is None:
+            lines.append(f"{part.cluster}: not yet synced{why}")
+            continue
+        age = format_age(now - (epoch_of(part.synced_at) or now))
+        away = "" if part.connected else ", not connected"
+        lines.append(f"{part.cluster}: as of {age} ago{away}{why}")
+    return lines
+
+
+def age_of(moment: object, now: float) -> str:
+    """Return how long ago a row's time was, empty where it has none."""
+    epoch = epoch_of(moment)
+    return "" if epoch is None else format_age(now - epoch)
+
+
+def _field(name: str) -> Callable[[JsonObject, float], str]:
+    return lambda row, now: "" if row.get(name) is None else str(row[name])
+
+
+def _age(name: str) -> Callable[[JsonObject, float], str]:
+    return lambda row, now: age_of(row.get(name), now)
+
+
+def _progress(row: JsonObject, now: float) -> str:
+    finished, total = row.get("progress_finished"), row.get("progress_total")
+    return "" if finished is None or total is None else f"{finished}/{total}"
+
+
+RUN_COLUMNS: Final = (
+    Column("RUN", _field("run_id")),
+    Column("CLUSTER", _field("cluster")),
+    Column("STATUS", lambda row, now: row.get("status") or UNKNOWN),
+    Column("PHASE", _field("phase")),
+    Column("TASK", _field("current_task")),
+    Column("PROGRESS", _progress, right=True),
+    Column("HEARTBEAT", lambda row, now: "" if row.get("finished_at") else age_of(row.get("heartbeat_at"), now)),
+    Column("AGE", _age("created_at")),
+    Column("REASON", _field("reason")),
+)
+CLUSTER_COLUMNS: Final = (
+    Column("NAME", _field("name")),
+    Column("SERVER", _field("server")),
+    Column("PRIORITY", _field("priority"), right=True),
+    Column("CONNECTED", lambda row, now: "yes" if row.get("connected") else "no"),
+    Column("LAST EVENT", _age("last_event_at")),
+    Column("ERROR", _field("error")),
+)
+VOLUME_COLUMNS: Final = (
+    Column("VOLUME", _field("name")),
+    Column("PHASE", _field("phase")),
+    Column("CAPACITY", lambda row, now: format_bytes(row.get("capacity_bytes")), right=True),
+    Column("CLASS", _field("storage_class")),
+)
+WARNING_COLUMNS: Final = (
+    Column("LAST", _age("last_at")),
+    Column("COUNT", _field("count"), right=True),
+    Column("REASON", _field("reason")),
+    Column("OBJECT", lambda row, now: f"{row.get('object_kind') or ''}/{row.get('object_name') or ''}"),
+    Column("MESSAGE", _field("message")),
+)
+EVENT_COLUMNS: Final = (
+    Column("AGE", _age("local_timestamp")),
+    Column("EVENT", _field("event_type")),
+    Column("DETAIL", lambda row, now: event_detail(row)),
+)
+
+
+def event_detail(event: JsonObject) -> str:
+    """Return what a run's event says, in one line."""
+    said = event.get("payload")
+    said = said if isinstance(said, dict) else {}
+    if event.get("event_type") == "status_changed":
+        reason = f" ({said['reason']})" if said.get("reason") else ""
+        before = f"{said['from']} -> " if said.get("from") else ""
+        return f"{before}{said.get('to') or UNKNOWN}{reason}"
+    return ", ".join(f"{key} {value}" for key, value in said.items() if value is not None)
+
+
+def format_run(row: JsonObject, now: float, width: int | None) -> str:
+    """Return a run for a person: what is known of it, then its volumes, warnings and history."""
+    shown = {
+        "run": row["run_id"],
+        "cluster": f"{row['cluster']}, namespace {row['namespace']}",
+        "status": (row.get("status") or UNKNOWN) + (f" ({row['reason']})" if row.get("reason") else ""),
+        "phase": row.get("phase"),
+        "task": row.get("current_task"),
+        "progress": _progress(row, now),
+        "attempt": row.get("task_attempt"),
+        "iteration": row.get("iteration"),
+        "heartbeat": f"{age_of(row.get('heartbeat_at'), now)} ago" if row.get("heartbeat_at") else None,
+        "spec": row.get("spec_id"),
+        "template": row.get("template"),
+        "project": row.get("project"),
+        "schedule": row.get("schedule_id"),
+        "job": row.get("job_name"),
+        "pod": row.get("pod_name"),
+        **{
+            name.replace("_at", ""): row.get(name) for name in ("created_at", "started_at", "finished_at", "deleted_at")
+        },
+    }
+    text = "".join(
+        _cut(f"{key + ':':<12}{safe_text(value)}", width) + "\n"
+        for key, value in shown.items()
+        if value not in (None, "")
+    )
+    for title, columns in (("volumes", VOLUME_COLUMNS), ("warnings", WARNING_COLUMNS), ("events", EVENT_COLUMNS)):
+        if row.get(title):
+            text += f"\n{title}\n" + format_table(columns, row[title], now, width)
+    return text
+
+
+def columns_for(names: Sequence[str]) -> list[Column]:
+    """Return columns that show fields of any names as they are."""
+    return [Column(name.upper(), _field(name)) for name in names]
+
+
+def _cells(text: str) -> int:
+    """Return how many cells of a terminal a text takes (UAX 11)."""
+    if text.isascii():
+        return len(text)
+    return sum(
+        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text
+    )
+
+
+def _cut(text: str, width: int | None) -> str:
+    if width is None or _cells(text) <= width:
+        return text
+    kept, cells = [], 1  # one cell for the mark
+    for char in text:
+        cells += _cells(char)
+        if cells > width:
+            break
+        kept.append(char)
+    return "".join(kept) + "~"
+
+
+# ======================================================================================================================
+# Shell: sockets, clocks, files and threads
+# ======================================================================================================================
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reactor
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Timer:
+    """A call that is to come; `cancel` takes it back."""
+
+    def __init__(self, at: float, callback: Callable[[], None]) -> None:
+        self.at = at
+        self.callback: Callable[[], None] | None = callback
+
+    def cancel(self) -> None:
+        """Take the call back."""
+        self.callback = None
+
+
+class Reactor:
+    """One thread's loop over sockets and timers; everything in the daemon but SQLite happens in its callbacks."""
+
+    def __init__(self, log: logging.Logger) -> None:
+        self._log = log
+        self._selector = selectors.DefaultSelector()
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._order = itertools.count()
+        self._soon: deque[Callable[[], None]] = deque()
+        self._running = False
+        self._pool = concurrent.futures.ThreadPoolExecutor(POOL_THREADS, "pool")
+        self._wake_in, self._wake_out = socket.socketpair()
+        for end in (self._wake_in, self._wake_out):
+            end.setblocking(False)
+        self.register(self._wake_in, selectors.EVENT_READ, self._on_wake)
+
+    @staticmethod
+    def now() -> float:
+        """Return the monotonic time that timers go by."""
+        return time.monotonic()
+
+    def call_at(self, at: float, callback: Callable[[], None]) -> Timer:
+        """Call back at a monotonic time."""
+        timer = Timer(at, callback)
+        heapq.heappush(self._timers, (at, next(self._order), timer))
+        return timer
+
+    def call_later(self, delay: float, callback: Callable[[], None]) -> Timer:
+        """Call back after some seconds."""
+        return self.call_at(self.now() + delay, callback)
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Call back in the loop's next turn; the one method that other threads may call."""
+        self._soon.append(callback)
+        self.wake()
+
+    def wake(self) -> None:
+        """Let the loop take a turn now."""
+        try:
+            self._wake_out.send(b"\0")
+        except (BlockingIOError, OSError):
+            return  # a full pipe wakes as well; a closed one needs no waking
+
+    @property
+    def wake_fd(self) -> int:
+        """What signal.set_wakeup_fd writes to."""
+        return self._wake_out.fileno()
+
+    def register(self, sock: socket.socket, events: int, callback: Callable[[int], None]) -> None:
+        """Call back with the ready events of a socket; again for other events."""
+        try:
+            self._selector.modify(sock, events, callback)
+        except KeyError:
+            self._selector.register(sock, events, callback)
+
+    def unregister(self, sock: socket.socket) -> None:
+        """Call no more for a socket."""
+        try:
+            self._selector.unregister(sock)
+        except (KeyError, ValueError):
+            return  # never registered, or closed meanwhile
+
+    def run_blocking(self, work: Callable[[], Any], done: Callable[[Any, BaseException | None], None]) -> None:
+        """Do blocking work in the pool; `done` gets its result or exception in the loop."""
+
+        def finish(future: concurrent.futures.Future[Any]) -> None:
+            if not future.cancelled():
+                error = future.exception()
+                self.call_soon(lambda: done(None if error else future.result(), error))
+
+        self._pool.submit(work).add_done_callback(finish)
+
+    def run(self) -> None:
+        """Turn until `stop`."""
+        self._running = True
+        while self._running:
+            for key, events in self._selector.select(self._timeout()):
+                self._call(lambda key=key, events=events: key.data(events))  # type: ignore[misc]
+            for _ in range(len(self._soon)):
+                self._call(self._soon.popleft())
+            now = self.now()
+            while self._timers and self._timers[0][0] <= now:
+                callback = heapq.heappop(self._timers)[2].callback
+                if callback is not None:
+                    self._call(callback)
+
+    def stop(self) -> None:
+        """End `run` after the present callback."""
+        self._running = False
+
+    def close(self) -> None:
+        """Give everything back."""
+        self._pool.shutdown(wait=False)
+        self.unregister(self._wake_in)
+        self._selector.close()
+        self._wake_in.close()
+        self._wake_out.close()
+
+    def _timeout(self) -> float | None:
+        while self._timers and self._timers[0][2].callback is None:
+            heapq.heappop(self._timers)
+        if self._soon:
+            return 0
+        return max(0.0, self._timers[0][0] - self.now()) if self._timers else None
+
+    def _on_wake(self, _events: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._wake_in.recv(4096)
+
+    def _call(self, callback: Callable[[], None]) -> None:
+        try:
+            callback()
+        except Exception:  # noqa: BLE001 - one connection's trouble must not end the others
+            self._log.exception("a callback failed; this is a defect")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Streams
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class StreamHandler(Protocol):
+    """What a stream tells its owner."""
+
+    def on_open(self) -> None:
+        """Take in that the connection stands, TLS included."""
+
+    def on_data(self, data: bytes) -> None:
+        """Take in bytes; empty: the peer ended its side."""
+
+    def on_error(self, error: str) -> None:
+        """Take in that the connection is lost, or never came to be; the stream is closed."""
+
+
+def tls_context(connection: Connection) -> ssl.SSLContext:
+    """Return the TLS settings of a cluster. Raises ConfigError for certificates that do not load.
+
+    VERIFY_X509_STRICT, which Python 3.13 switches on, rejects certificates without an authority key identifier;
+    clusters have such.
+    """
+    try:
+        context = ssl.create_default_context(cadata=connection.ca_pem)
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+        context.set_alpn_protocols(["http/1.1"])
+        if connection.insecure:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        if connection.cert_pem and connection.key_pem:
+            _load_client_certificate(context, connection.cert_pem, connection.key_pem)
+    except (ssl.SSLError, ValueError, OSError) as error:
+        reason = getattr(error, "reason", None) or "not PEM"
+        raise ConfigError(f"the kubeconfig's certificates do not load ({reason})", "renew them") from None
+    return context
+
+
+def _load_client_certificate(context: ssl.SSLContext, cert_pem: str, key_pem: str) -> None:
+    """Load a key that OpenSSL only takes from a file, without leaving one: in memory, else unlinked at once."""
+
+    def password() -> str:
+        raise ValueError("encrypted keys are not supported")  # without it OpenSSL asks on the terminal
+
+    data = f"{cert_pem}\n{key_pem}\n".encode()
+    if hasattr(os, "memfd_create"):
+        with open(os.memfd_create("client-key"), "wb") as file:
+            file.write(data)
+            file.flush()
+            context.load_cert_chain(f"/proc/self/fd/{file.fileno()}", password=password)
+        return
+    with tempfile.TemporaryDirectory(prefix="fabrik-") as folder:  # 0700
+        path = f"{folder}/key.pem"
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(data)
+        context.load_cert_chain(path, password=password)
+
+
+class Stream:
+    """A TCP connection, with TLS or without, that never blocks."""
+
+    def __init__(self, reactor: Reactor, handler: StreamHandler) -> None:
+        self._reactor = reactor
+        self._handler = handler
+        self._socket: socket.socket | None = None
+        self._context: ssl.SSLContext | None = None
+        self._server_name = ""
+        self._addresses: list[tuple[int, Any]] = []
+        self._output = bytearray()
+        self._open = False
+        self._closed = False
+        self._paused = False
+        self._timer: Timer | None = None
+
+    def connect(
+        self, endpoint: Endpoint, context: ssl.SSLContext | None, server_name: str | None, timing: Timing
+    ) -> None:
+        """Connect to the first of the host's addresses that answers; the look-up happens in the pool."""
+        self._context, self._server_name = context, server_name or endpoint.host
+
+        def look_up() -> list[tuple[int, Any]]:
+            found = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
+            return [(family, address) for family, _, _, _, address in found]
+
+        def done(addresses: Any, error: BaseException | None) -> None:
+            if self._closed:
+                return
+            if error is not None:
+                self._fail(f"{endpoint.host} cannot be resolved: {getattr(error, 'strerror', None) or error}")
+                return
+            self._addresses = addresses
+            self._try_next("no address")
+
+        self._timer = self._reactor.call_later(
+            timing.resolve + timing.connect,
+            lambda: self._fail(f"{endpoint.authority} did not answer within {timing.connect:g} s"),
+        )
+        self._reactor.run_blocking(look_up, done)
+
+    def send(self, data: bytes) -> None:
+        """Send bytes, now or when the connection takes them."""
+        self._output += data
+        if self._open and self._socket is not None:
+            self._flush(self._socket)
+
+    def pause(self) -> None:
+        """Take in no more until `resume`."""
+        self._paused = True
+        self._watch()
+
+    def resume(self) -> None:
+        """Take in again, also what TLS has decrypted already."""
+        self._paused = False
+        if self._socket is not None and not self._closed:
+            self._watch()
+            self._reactor.call_soon(lambda: self._on_ready(0))
+
+    def close(self) -> None:
+        """Close at once; nothing is told any more."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._socket is not None:
+            self._reactor.unregister(self._socket)
+            self._socket.close()
+
+    def _try_next(self, error: str) -> None:
+        if self._socket is not None:
+            self._reactor.unregister(self._socket)
+            self._socket.close()
+            self._socket = None
+        if not self._addresses:
+            self._fail(error)
+            return
+        family, address = self._addresses.pop(0)
+        try:
+            sock = self._socket = socket.socket(family, socket.SOCK_STREAM)
+            sock.setblocking(False)
+            _tune(sock)
+            sock.connect(address)
+        except BlockingIOError:
+            pass
+        except OSError as problem:
+            self._try_next(f"{address[0]}:{address[1]}: {problem.strerror or problem}")
+            return
+        self._reactor.register(sock, selectors.EVENT_WRITE, lambda _: self._on_connected(sock, address))
+
+    def _on_connected(self, sock: socket.socket, address: Any) -> None:
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            self._try_next(f"{address[0]}:{address[1]}: {os.strerror(code)}")
+        elif self._context is None:
+            self._on_open()
+        else:
+            self._reactor.unregister(sock)
+            self._socket = secured = self._context.wrap_socket(
+                sock,
+                server_hostname=self._server_name,
+                do_handshake_on_connect=False,
+                suppress_ragged_eofs=False,  # an end without close_notify is an error here, not an end
+            )
+            self._shake_hands(secured)
+
+    def _shake_hands(self, sock: ssl.SSLSocket) -> None:
+        try:
+            sock.do_handshake()
+        except ssl.SSLWantReadError:
+            self._reactor.register(sock, selectors.EVENT_READ, lambda _: self._shake_hands(sock))
+        except ssl.SSLWantWriteError:
+            self._reactor.register(sock, selectors.EVENT_WRITE, lambda _: self._shake_hands(sock))
+        except ssl.SSLCertVerificationError as error:
+            self._fail(f"the server's certificate is not accepted: {error.verify_message}")
+        except (ssl.SSLError, OSError) as error:
+            self._fail(f"no TLS with the server: {getattr(error, 'reason', None) or error.strerror or error}")
+        else:
+            self._on_open()
+
+    def _on_open(self) -> None:
+        self._open = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._watch()
+        self._handler.on_open()
+        self.send(b"")
+
+    def _watch(self) -> None:
+        if self._socket is None or self._closed or not self._open:
+            return
+        events = (0 if self._paused else selectors.EVENT_READ) | (selectors.EVENT_WRITE if self._output else 0)
+        if events:
+            self._reactor.register(self._socket, events, self._on_ready)
+        else:
+            self._reactor.unregister(self._socket)
+
+    def _on_ready(self, _events: int) -> None:
+        sock = self._socket
+        if sock is not None and self._output and not self._closed:
+            self._flush(sock)
+        if sock is not None and not self._paused and not self._closed:
+            self._read(sock)
+
+    def _read(self, sock: socket.socket) -> None:
+        """Take in one share of what is there, then let others have their turn."""
+        data, end, error = _receive(sock)
+        if data:
+            self._handler.on_data(data)
+        if self._closed:
+            return
+        if error:
+            self._fail(error)
+        elif end:
+            self._reactor.unregister(sock)
+            self._handler.on_data(b"")
+        elif len(data) >= READ_BYTES and isinstance(sock, ssl.SSLSocket) and sock.pending():
+            self._reactor.call_soon(lambda: self._on_ready(0))  # select does not see what TLS has decrypted
+
+    def _flush(self, sock: socket.socket) -> None:
+        try:
+            while self._output:
+                del self._output[: sock.send(self._output)]
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            pass
+        except OSError as problem:
+            self._fail(f"the connection broke: {problem.strerror or problem}")
+            return
+        self._watch()
+
+    def _fail(self, error: str) -> None:
+        if not self._closed:
+            self.close()
+            self._handler.on_error(error)
+
+
+def _receive(sock: socket.socket) -> tuple[bytes, bool, str]:
+    """Return what there is to read, up to a share; whether the peer has ended; why the connection broke."""
+    data = bytearray()
+    try:
+        while len(data) < READ_BYTES:
+            piece = sock.recv(READ_BYTES - len(data))
+            if not piece:
+                return bytes(data), True, ""
+            data += piece
+    except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+        pass
+    except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
+        return bytes(data), True, ""  # whether it was a whole response is for HTTP to tell
+    except OSError as problem:
+        return bytes(data), False, f"the connection broke: {problem.strerror or problem}"
+    return bytes(data), False, ""
+
+
+def _tune(sock: socket.socket) -> None:
+    """Let the system find dead connections too, where it can."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 60_000)):
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cache
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class CacheThread:
+    """The one thread that writes cache.db: units of statements in, batches out, each in one transaction."""
+
+    def __init__(self, connection: sqlite3.Connection, timing: Timing, log: logging.Logger) -> None:
+        self._connection = connection
+        self._timing = timing
+        self._log = log
+        self._queue: queue.SimpleQueue[list[Statement] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="cache", daemon=True)
+        self._stopping = False
+        self.error: str | None = None  # why nothing can be written at present
+
+    def start(self) -> None:
+        """Begin to write."""
+        self._thread.start()
+
+    def put(self, unit: list[Statement]) -> None:
+        """Have some statements written together; returns at once."""
+        if unit:
+            self._queue.put(unit)
+
+    def close(self, timeout: float) -> bool:
+        """Write what waits, then close; False where that took longer than the timeout."""
+        self._stopping = True
+        self._queue.put(None)
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        more = True
+        while more:
+            units, more = self._batch()
+            if units:
+                self._write(units)
+        self._connection.close()
+
+    def _batch(self) -> tuple[list[list[Statement]], bool]:
+        """Return the next units, and whether there may be more after them; the first is waited for."""
+        unit = self._queue.get()
+        units: list[list[Statement]] = []
+        ends_at = time.monotonic() + self._timing.batch
+        while unit is not None:
+            units.append(unit)
+            left = ends_at - time.monotonic()
+            if sum(map(len, units)) >= BATCH_OPERATIONS:
+                return units, True
+            try:
+                unit = self._queue.get(timeout=max(0.0, left)) if left > 0 else self._queue.get_nowait()
+            except queue.Empty:
+                return units, True
+        return units, False
+
+    def _write(self, units: list[list[Statement]]) -> None:
+        while True:
+            try:
+                self._transact([statement for unit in units for statement in unit])
+            except sqlite3.OperationalError as error:  # the disk is full, or the file is locked: wait
+                if self.error is None:
+                    self._log.error("the cache cannot be written, trying again: %s", error)
+                self.error = str(error)
+                if self._stopping:
+                    self._log.error("gave up writing %d units to the cache: %s", len(units), error)
+                    return
+                time.sleep(self._timing.cache_retry)
+            except (sqlite3.Error, OverflowError, ValueError) as error:
+                if len(units) > 1:  # one of them is bad: write each for itself
+                    for unit in units:
+                        self._write([unit])
+                else:
+                    self._write_what_goes(units[0], error)
+                return
+            else:
+                if self.error is not None:
+                    self._log.info("the cache can be written again")
+                self.error = None
+                return
+
+    def _write_what_goes(self, unit: list[Statement], error: Exception) -> None:
+        self._log.error("a row cannot be written to the cache and is left out: %s", error)
+        with self._connection:
+            self._connection.execute("BEGIN IMMEDIATE")
+            for statement, values in unit:
+                with contextlib.suppress(sqlite3.Error, OverflowError, ValueError):
+                    self._connection.execute(statement, values)
+
+    def _transact(self, statements: list[Statement]) -> None:
+        with self._connection:
+            self._connection.execute("BEGIN IMMEDIATE")
+            for statement, values in statements:
+                self._connection.execute(statement, values)
+
+
+class SingleInstance:
+    """Holds `daemon.lock` beside the cache; the system gives it back however the process ends."""
+
+    def __init__(self, cache: str) -> None:
+        self._path = lock_path(cache)
+        self._file = -1
+
+    def acquire(self) -> None:
+        """Take the lock. Raises AlreadyRunningError where another process has it."""
+        try:
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise CacheError(f"{self._path}: {error.strerror}", "name another place with --cache") from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            pid = os.pread(self._file, 32, 0).decode("ascii", "replace").strip()
+            os.close(self._file)
+            raise AlreadyRunningError(f"a daemon with this cache runs already (pid {pid or 'unknown'})") from None
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        """Give the lock back."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+def lock_path(cache: str) -> str:
+    """Return where a cache's lock is."""
+    return os.path.join(os.path.dirname(os.path.abspath(cache)), "daemon.lock")
+
+
+def is_kept_up(cache: str) -> bool:
+    """Say whether a daemon keeps this cache up to date at this moment."""
+    try:
+        file = os.open(lock_path(cache), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(file)
+
+
+def prepare_cache_folder(cache: str) -> None:
+    """Make the cache's folder, for us alone. Raises CacheError."""
+    folder = os.path.dirname(os.path.abspath(cache))
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise CacheError(f"{folder}: {error.strerror}", "name another place with --cache") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise CacheError(f"{folder}: not writable", "name another place with --cache")
+
+
+def open_cache(path: str, log: logging.Logger) -> sqlite3.Connection:
+    """Open the cache for writing, made or migrated where needed; a damaged one is set aside. Raises CacheError."""
+    try:
+        return _open_whole(path)
+    except sqlite3.OperationalError as error:
+        raise CacheError(f"{path}: {error}", "name another place with --cache") from None
+    except sqlite3.DatabaseError as error:
+        aside = f"{path}.damaged-{int(time.time())}"
+        for suffix in ("", "-wal", "-shm"):
+            if os.path.exists(path + suffix):
+                os.rename(path + suffix, aside + suffix)
+        log.warning("the cache is damaged (%s): set aside as %s, made anew from the clusters", error, aside)
+        return _open_whole(path)
+
+
+def _open_whole(path: str) -> sqlite3.Connection:
+    before = os.umask(0o077)
+    try:
+        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
+    finally:
+        os.umask(before)
+    with contextlib.ExitStack() as undo:
+        undo.callback(connection.close)
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+        problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if problem != "ok":
+            raise sqlite3.DatabaseError(problem)
+        _migrate(connection, path)
+        undo.pop_all()
+    return connection
+
+
+def _migrate(connection: sqlite3.Connection, path: str) -> None:
+    """Bring the schema up to this version, one step a transaction. Raises CacheError for a newer one."""
+    connection.execute(META)
+    found = connection.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone()
+    version = int(found[0]) if found else 0
+    if version > len(MIGRATIONS):
+        raise CacheError(
+            f"{path} was made by a newer fabrik-daemon (schema {version}, this one knows {len(MIGRATIONS)})",
+            "use that one, or name another place with --cache",
+        )
+    for number, script in enumerate(MIGRATIONS[version:], version + 1):
+        with connection:
+            connection.execute("BEGIN IMMEDIATE")
+            for statement in script.split(";\n"):
+                if statement.strip():
+                    connection.execute(statement)
+            connection.execute(*set_meta("schema_version", str(number)))
+
+
+class Resumption(NamedTuple):
+    """What a start takes over from the cache."""
+
+    snapshot: Snapshot
+    versions: dict[Scope, str]  # where each watch goes on
+    servers: dict[str, str]  # cluster -> what it was when it was last followed
+
+
+def resume_from(connection: sqlite3.Connection, log: logging.Logger) -> Resumption:
+    """Read what the cache holds, and reserve a block of sequence numbers before the first is given out."""
+    reserved = int(_meta(connection, "reserved_seq") or 0)
+    with connection:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute(*set_meta("reserved_seq", str(reserved + SEQ_BLOCK)))
+        connection.execute("INSERT OR IGNORE INTO meta (key, value) VALUES ('stream', ?)", (str(uuid.uuid4()),))
+    rows: list[Row] = []
+    for table, kind in TABLES.items():
+        rows += (kind(*values) for values in connection.execute(f"SELECT {', '.join(kind._fields)} FROM {table}"))  # noqa: S608
+    objects = []
+    for *key, text in connection.execute("SELECT cluster, resource, namespace, name, facts FROM objects"):
+        try:
+            objects.append((ObjectKey(*key), facts_from_json(key[1], text)))
+        except (ValueError, KeyError) as error:
+            log.warning("the cache holds facts that cannot be read, of %s: %s", "/".join(key), error)
+    versions = {
+        Scope(*scope): version
+        for *scope, version in connection.execute(
+            "SELECT cluster, resource, namespace, resource_version FROM watches WHERE resource_version IS NOT NULL"
+        )
+    }
+    servers = {
+        name: _meta(connection, f"followed:{name}") for (name,) in connection.execute("SELECT name FROM clusters")
+    }
+    return Resumption(Snapshot(objects, rows, tuple(versions), reserved), versions, servers)
+
+
+def _meta(connection: sqlite3.Connection, key: str) -> str:
+    found = connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+    return str(found[0]) if found else ""
+
+
+class CacheReader:
+    """Reads the cache, with or without a daemon, also where nothing may be written."""
+
+    def __init__(self, path: str) -> None:
+        """Open the cache. Raises CacheError."""
+        if not os.path.exists(path):
+            raise CacheError(
+                f"nothing is known yet: no cache at {path}", "run 'fabrik-daemon start' or 'fabrik-daemon sync'"
+            )
+        folder = os.path.dirname(os.path.abspath(path))
+        fixed = not os.access(folder, os.W_OK) and not os.path.exists(path + "-wal")
+        uri = "file:" + re.sub(r"[%?#]", lambda match: f"%{ord(match[0]):02x}", os.path.abspath(path))
+        try:
+            self.connection = sqlite3.connect(
+                f"{uri}?mode=ro{'&immutable=1' if fixed else ''}",
+                uri=True,
+                isolation_level=None,
+                check_same_thread=False,
+            )
+            found = self.connection.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone()
+        except sqlite3.Error as error:
+            raise CacheError(f"{path}: {error}", "start the daemon, which sets a damaged cache aside") from None
+        version = int(found[0]) if found else 0
+        if version != len(MIGRATIONS):
+            raise CacheError(
+                f"{path} has schema {version}, this fabrik-daemon reads {len(MIGRATIONS)}",
+                "use the same version for both",
+            )
+        self._kept_up = is_kept_up(path)
+
+    def rows(self, sql: str, values: Sequence[Any] = ()) -> list[JsonObject]:
+        """Return the rows of a query of ours, as objects. Raises CacheError."""
+        try:
+            cursor = self.connection.execute(sql, values)
+            names = [column[0] for column in cursor.description]
+            return [dict(zip(names, row)) for row in cursor]
+        except sqlite3.Error as error:
+            raise CacheError(f"the cache cannot be read: {error}") from None
+
+    def freshness(self, clusters: Sequence[str] = ()) -> list[Freshness]:
+        """Return how old each cluster's part is: by the watch that is behind the others, forbidden ones left out."""
+        parts = []
+        for row in self.rows(
+            "SELECT c.name, c.connected, c.error, min(coalesce(w.synced_at, '')) AS synced_at FROM clusters c"
+            " LEFT JOIN watches w ON w.cluster = c.name AND coalesce(w.state, '') != 'forbidden'"
+            " GROUP BY c.name ORDER BY c.priority, c.name"
+        ):
+            if not clusters or row["name"] in clusters:
+                connected = bool(row["connected"]) and self._kept_up
+                parts.append(Freshness(row["name"], connected, row["synced_at"] or None, row["error"]))
+        return parts
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Credentials
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def own_command(*words: str) -> list[str]:
+    """Return the command line that runs this program again: the executable where there is one, else this module."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    enter = f"import sys; sys.path.insert(0, {folder!r}); import fabrik_daemon; fabrik_daemon.run()"
+    return [sys.executable, "-c", enter, *words]
+
+
+class Credentials:
+    """Resolves connections in a helper process, so that a hung plugin can be killed and the daemon stays small."""
+
+    def __init__(self, reactor: Reactor, timing: Timing) -> None:
+        self._reactor = reactor
+        self._timing = timing
+
+    def resolve(self, spec: ClusterSpec, done: Callable[[Connection | FabrikError], None]) -> None:
+        """Resolve a cluster's connection anew; `done` gets it, or what is wrong with it, in the loop."""
+
+        def finish(result: Any, error: BaseException | None) -> None:
+            if isinstance(error, FabrikError):
+                done(error)
+            elif error is not None:
+                done(ConfigError(f"{spec.kubeconfig}: {error}"))
+            else:
+                done(result)
+
+        self._reactor.run_blocking(lambda: resolve_connection(spec, self._timing.credentials), finish)
+
+
+def resolve_connection(spec: ClusterSpec, timeout: float) -> Connection:
+    """Run the helper process for one cluster and wait for it. Raises ConfigError."""
+    place = tempfile.mkdtemp(prefix="fabrik-credentials-")  # kubernetes.config leaves key files when it is killed
+    try:
+        process = subprocess.Popen(
+            own_command("_credentials", spec.kubeconfig, spec.context or ""),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "TMPDIR": place},
+            start_new_session=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            raise ConfigError(
+                f"{spec.kubeconfig}: its credentials took over {timeout:g} s", "run its plugin by hand"
+            ) from None
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)  # the helper and whatever a plugin left behind
+            process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    resolved = parse_json_object(output.decode("utf-8", "replace"))
+    if resolved is None:
+        raise ConfigError(f"{spec.kubeconfig}: its credentials cannot be resolved")
+    return connection_from(resolved)
+
+
+def credentials_helper(path: str, context: str, out: TextIO) -> int:
+    """Be the helper process: print one context's resolved connection, or `error`, as JSON."""
+    try:
+        resolved = _resolve(path, context)
+    except FabrikError as error:
+        resolved = {"error": str(error)}
+    except (kubernetes.config.ConfigException, LookupError, TypeError, ValueError, AttributeError, OSError) as error:
+        resolved = {"error": f"{path}: {' '.join(str(error).split())[:300]}"}
+    out.write(json.dumps(resolved))
+    return 0
+
+
+def _resolve(path: str, context: str) -> JsonObject:
+    where = path.split(os.pathsep)
+    present = [name for name in where if os.path.exists(name)]
+    if not present:
+        raise ConfigError(f"{path}: no such kubeconfig", "correct the path in clusters.yaml")
+    for name in present:
+        read_kubeconfig(name)
+    kube_config = kubernetes.config.kube_config
+    merged = kube_config.KubeConfigMerger(os.pathsep.join(present)).config
+    name = context or merged.value.get("current-context") or ""
+    known = [entry["name"] for entry in merged["contexts"].value]
+    if name not in known:
+        said = f"no context {name!r}" if name else "no current context"
+        raise ConfigError(f"{path}: {said}", nearest(name, known) if name else "name one with 'context:'")
+    entry = merged["contexts"].get_with_name(name)["context"]
+    cluster = merged["clusters"].get_with_name(entry["cluster"])["cluster"]
+    found = merged["users"].get_with_name(entry["user"], safe=True) if entry.safe_get("user") else None
+    user = found["user"] if found and found.safe_get("user") else None
+    _refuse_unsupported(path, cluster.value, user.value if user else {})
+    status: JsonObject = {}
+    if user is not None and user.safe_get("exec"):
+        status = _run_plugin(user["exec"], path)
+        del user.value["exec"]  # else the loader would run it again, and take its failure for no credentials
+    configuration = kubernetes.client.Configuration()
+    kube_config.KubeConfigLoader(
+        config_dict=merged, active_context=name, config_base_path=os.path.dirname(os.path.abspath(present[0]))
+    ).load_and_set(configuration)
+    return _connection_json(configuration, cluster.value, status)
+
+
+def read_kubeconfig(path: str) -> JsonObject:
+    """Return a kubeconfig file's document. Raises ConfigError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return parse_kubeconfig(file.read(), path)
+    except OSError as error:
+        hint = "only root may read it: copy it, or run as root" if error.errno == errno.EACCES else "correct the path"
+        raise ConfigError(f"{path}: {error.strerror}", hint) from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8", "this is no kubeconfig") from None
+
+
+def _refuse_unsupported(path: str, cluster: JsonObject, user: JsonObject) -> None:
+    if "username" in user or "password" in user:
+        raise ConfigError(f"{path}: basic authentication left Kubernetes in 1.19", "use a token or a certificate")
+    if cluster.get("proxy-url"):
+        raise ConfigError(f"{path}: proxy-url is not supported", "remove it, or reach the cluster directly")
+
+
+def _run_plugin(plugin: Any, path: str) -> JsonObject:
+    """Run an exec plugin (client.authentication.k8s.io) and return its status; what it prints on stderr is dropped."""
+    command = plugin.value.get("command", "?")
+    try:
+        status = kubernetes.config.exec_provider.ExecProvider(plugin, os.path.dirname(os.path.abspath(path))).run()
+    except OSError as error:
+        raise ConfigError(f"exec plugin {command!r}: {error.strerror}", "install it, or correct its path") from None
+    except kubernetes.config.ConfigException as error:
+        why = re.match(r"exec: (process returned \d+|failed to decode|malformed \w+|plugin api version)", str(error))
+        raise ConfigError(f"exec plugin {command!r}: {why[1] if why else 'failed'}", "run it by hand") from None
+    if not isinstance(status, dict) or not (status.get("token") or status.get("clientCertificateData")):
+        raise ConfigError(f"exec plugin {command!r}: no credential in its answer", "run it by hand")
+    return status
+
+
+def _connection_json(configuration: Any, cluster: JsonObject, status: JsonObject) -> JsonObject:
+    def text_of(file: str | None) -> str | None:
+        if not file:
+            return None
+        with open(file, encoding="utf-8") as opened:
+            return opened.read()
+
+    bearer = str(configuration.api_key.get("authorization") or "")
+    return {
+        "server": configuration.host,
+        "ca_pem": text_of(configuration.ssl_ca_cert),
+        "insecure": not configuration.verify_ssl,
+        "tls_server_name": cluster.get("tls-server-name"),
+        "cert_pem": status.get("clientCertificateData") or text_of(configuration.cert_file),
+        "key_pem": status.get("clientKeyData") or text_of(configuration.key_file),
+        "token": status.get("token") or bearer.partition(" ")[2] or None,
+        "expires_at": epoch_of(status.get("expirationTimestamp")),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Watcher
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class WatchSink(Protocol):
+    """What a cluster's watches tell the daemon."""
+
+    def on_event(self, scope: Scope, event: WatchEvent) -> None:
+        """Take in that an object was added, modified or deleted."""
+
+    def on_list(self, scope: Scope, resource_version: str, items: list[Facts]) -> None:
+        """Take in the whole list of a scope."""
+
+    def on_bookmark(self, scope: Scope, resource_version: str) -> None:
+        """Take in that everything up to this version is known."""
+
+    def on_watch_state(self, scope: Scope, told: Told) -> None:
+        """Take in that a watch is in another state."""
+
+    def on_cluster_state(self, name: str) -> None:
+        """Take in that a cluster is connected, or not any more, or has another error."""
+
+
+class Watcher:
+    """Drives one Watch machine over one connection at a time."""
+
+    def __init__(self, cluster: Cluster, scope: Scope, machine: WatchMachine, *, once: bool) -> None:
+        self._cluster = cluster
+        self._reactor = cluster.reactor
+        self._sink = cluster.sink
+        self._once = once
+        self._machine = machine
+        self._stream: Stream | None = None
+        self._codec: HttpClientCodec | None = None
+        self._timer: Timer | None = None
+        self._work: Iterator[None] | None = None
+        self._is_watch = False
+        self._head: ResponseHead | None = None
+        self._refusal = b""
+        self._lines = LineDecoder()
+        self._list = ListDecoder()
+        self._items: list[Facts] = []
+        self.scope = scope
+        self.told = Told(CONNECTING, "", None)
+        self.synced = False  # in this process
+
+    def start(self) -> None:
+        """Begin, or begin again with new credentials."""
+        self._hang_up()
+        self._do(self._machine.start(self._reactor.now()))
+
+    def stop(self) -> None:
+        """End; nothing is told any more."""
+        self._hang_up()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def on_open(self) -> None:
+        """Do nothing: what is to be sent waits in the stream."""
+
+    def on_data(self, data: bytes) -> None:
+        """Take in bytes of the present response; empty: the server ended the connection."""
+        if data:
+            self._machine.heard(self._reactor.now())
+        if self._codec is not None:
+            self._work = self._process(self._codec, data)
+            self._pump()
+
+    def on_error(self, error: str) -> None:
+        """Take in that the connection is lost."""
+        self._do(self._machine.on_failure(error, self._reactor.now()))
+
+    def _pump(self) -> None:
+        """Work on what came for some milliseconds, then let others have their turn."""
+        stream, ends_at = self._stream, time.monotonic() + CALLBACK_S
+        if stream is None or self._work is None:
+            return
+        try:
+            for _ in self._work:
+                if time.monotonic() > ends_at:
+                    stream.pause()
+                    self._reactor.call_soon(self._pump)
+                    return
+        except ProtocolError as error:
+            if self._stream is stream:
+                self._do(self._machine.on_failure(error.message, self._reactor.now()))
+            return
+        self._work = None
+        if self._stream is stream:
+            stream.resume()
+
+    def _process(self, codec: HttpClientCodec, data: bytes) -> Iterator[None]:
+        for part in codec.receive(data):
+            if isinstance(part, ResponseHead):
+                self._on_head(part)
+            elif isinstance(part, bytes):
+                for _ in self._on_body(part):
+                    yield
+                    if self._codec is not codec:
+                        return
+            else:
+                for _ in self._on_end(part):
+                    yield
+            if self._codec is not codec:
+                return
+        if not data:
+            self._do(self._machine.on_failure("the server closed the connection", self._reactor.now()))
+
+    def _on_head(self, head: ResponseHead) -> None:
+        self._head = head
+        self._cluster.on_response(head)
+        if head.status == 200 and self._is_watch:
+            self._do(self._machine.on_watch_open(self._reactor.now()))
+
+    def _on_body(self, data: bytes) -> Iterator[None]:
+        if self._head is None or self._head.status != 200:
+            self._refusal = (self._refusal + data)[:REFUSAL_MAX_BYTES]
+        elif self._is_watch:
+            for event in self._lines.receive(data):
+                self._do(self._machine.on_event(event, self._reactor.now()))
+                yield
+        else:
+            yield from self._take_items(self._list.receive(data))
+
+    def _take_items(self, items: Iterable[JsonObject]) -> Iterator[None]:
+        for item in items:
+            facts = facts_from(self.scope.resource, item)
+            if facts is not None:
+                self._items.append(facts)
+            yield
+
+    def _on_end(self, end: ResponseEnd) -> Iterator[None]:
+        head, now = self._head or ResponseHead(502, {}), self._reactor.now()
+        if head.status == 200 and not self._is_watch:
+            yield from self._take_items(self._list.receive(b"", last=True))
+        if not end.reusable:
+            self._hang_up()
+        if head.status != 200:
+            self._do(self._machine.on_refusal(refusal_from_response(head, self._refusal), now))
+        elif self._is_watch:
+            self._do(self._machine.on_watch_end(now))
+        else:
+            decoder = self._list
+            self._do(self._machine.on_page(decoder.resource_version, decoder.continue_token, now))
+
+    def _do(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Apply):
+                self._sink.on_event(self.scope, action.event)
+            elif isinstance(action, Advance):
+                self._sink.on_bookmark(self.scope, action.resource_version)
+            elif isinstance(action, Told):
+                self._tell(action)
+            elif isinstance(action, HangUp):
+                self._hang_up()
+            elif isinstance(action, Swap):
+                self._swap(action)
+                if self._once:
+                    return
+            elif isinstance(action, Get):
+                self._get(action)
+            else:
+                self._cluster.renew()
+        self._arm()
+
+    def _swap(self, action: Swap) -> None:
+        items, self._items = self._items, []
+        self.synced = True
+        self._sink.on_list(self.scope, action.resource_version, items)
+        if self._once:
+            self.stop()
+            self._tell(Told(WATCHING, "", None))
+
+    def _tell(self, told: Told) -> None:
+        if told != self.told:
+            self.told = told
+            self._sink.on_watch_state(self.scope, told)
+            self._cluster.on_watch_state()
+
+    def _get(self, get: Get) -> None:
+        self._is_watch, self._head, self._refusal = get.watch, None, b""
+        self._lines, self._list = LineDecoder(), ListDecoder()
+        if get.first_page or get.watch:
+            self._items = []
+        if self._stream is None or self._codec is None:
+            self._stream, self._codec = self._cluster.connect(self)
+        target = self._cluster.base_path + get.target
+        self._stream.send(self._codec.send_get(target, compressed=not get.watch))
+
+    def _hang_up(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+        self._stream, self._codec, self._work = None, None, None
+
+    def _arm(self) -> None:
+        """Have `due` called at the deadline; a deadline that moved on is found when the timer fires."""
+        deadline = self._machine.deadline
+        if deadline is not None and (self._timer is None or self._timer.at > deadline):
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._reactor.call_at(deadline, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        deadline, now = self._machine.deadline, self._reactor.now()
+        if deadline is not None and now >= deadline:
+            self._do(self._machine.due(now))
+        else:
+            self._arm()
+
+
+class Cluster:
+    """One cluster: its connection and its watches, five for each namespace."""
+
+    def __init__(
+        self,
+        spec: ClusterSpec,
+        reactor: Reactor,
+        credentials: Credentials,
+        sink: WatchSink,
+        timing: Timing,
+    ) -> None:
+        self.spec = spec
+        self.reactor = reactor
+        self.sink = sink
+        self.error: FabrikError | None = None  # why there is no connection to try at all
+        self.server: str | None = None
+        self.base_path = ""
+        self.watchers: list[Watcher] = []
+        self._credentials = credentials
+        self._timing = timing
+        self._connection: Connection | None = None
+        self._context: ssl.SSLContext | None = None
+        self._retry: Timer | None = None
+        self._resolving = False
+        self._stopped = False
+
+    def start(self, versions: Mapping[Scope, str], *, once: bool) -> None:
+        """Begin to follow the cluster, each watch from the version it was left at."""
+        for namespace in self.spec.namespaces:
+            for kind in RESOURCES:
+                scope = Scope(self.spec.name, kind.name, namespace)
+                selector = self.spec.label_selector if kind is not EVENTS else None
+                version = None if once else versions.get(scope)
+                machine = WatchMachine(kind.path(namespace), selector, self._timing, random.random, version)
+                self.watchers.append(Watcher(self, scope, machine, once=once))
+        self.renew()
+
+    def stop(self) -> None:
+        """End all watches."""
+        self._stopped = True
+        for watcher in self.watchers:
+            watcher.stop()
+        if self._retry is not None:
+            self._retry.cancel()
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether every watch that is allowed follows its changes."""
+        states = {watcher.told.state for watcher in self.watchers}
+        return WATCHING in states and states <= {WATCHING, FORBIDDEN}
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether every watch was listed once, or cannot be at present."""
+        if self.error is not None:
+            return True
+        return all(watcher.synced or watcher.told.retry_at is not None for watcher in self.watchers)
+
+    @property
+    def trouble(self) -> str | None:
+        """What is wrong, in words that a person can act on; None where nothing is."""
+        if self.error is not None:
+            return str(self.error)
+        told = [watcher.told.error for watcher in self.watchers if watcher.told.error]
+        return told[0] if told else None
+
+    def renew(self) -> None:
+        """Resolve the credentials anew, one time at once, and begin all watches with them that have not begun."""
+        if not self._resolving and not self._stopped:
+            self._resolving = True
+            self._credentials.resolve(self.spec, self._on_resolved)
+
+    def connect(self, watcher: Watcher) -> tuple[Stream, HttpClientCodec]:
+        """Return a new connection to the API server."""
+        connection = self._connection
+        if connection is None:
+            raise UnreachableError(f"{self.spec.name}: its credentials are not resolved")
+        endpoint = parse_server(connection.server)
+        headers = {"User-Agent": f"fabrik-daemon/{__version__}", "Accept": "application/json"}
+        if connection.token:
+            headers["Authorization"] = f"Bearer {connection.token}"
+        stream = Stream(self.reactor, watcher)
+        stream.connect(endpoint, self._context, connection.tls_server_name, self._timing)
+        return stream, HttpClientCodec(endpoint.authority, headers)
+
+    def on_response(self, head: ResponseHead) -> None:
+        """Take in the head of any response."""
+
+    def on_watch_state(self) -> None:
+        """Take in that one of the watches is in another state."""
+        self.sink.on_cluster_state(self.spec.name)
+
+    def _on_resolved(self, result: Connection | FabrikError) -> None:
+        self._resolving = False
+        if self._stopped:
+            return
+        if isinstance(result, Connection):
+            try:
+                endpoint = parse_server(result.server)
+                self._context = tls_context(result) if endpoint.tls else None
+            except ConfigError as error:
+                self._on_unresolved(error)
+                return
+            self._connection, self.server, self.base_path, self.error = result, result.server, endpoint.base, None
+            for watcher in self.watchers:
+                if watcher.told.state in (CONNECTING, UNAUTHORISED):
+                    watcher.start()
+            self.on_watch_state()
+        else:
+            self._on_unresolved(result)
+
+    def _on_unresolved(self, error: FabrikError) -> None:
+        self.error = error
+        self._retry = self.reactor.call_later(self._timing.backoff_max, self.renew)
+        self.on_watch_state()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Daemon
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Daemon:
+    """The composition root: follows the clusters, keeps the store and the cache, and ends in order."""
+
+    def __init__(self, settings: Settings, clusters: Sequence[ClusterSpec], log: logging.Logger) -> None:
+        self._settings = settings
+        self._timing = settings.timing
+        self._log = log
+        self._lock = SingleInstance(settings.cache)
+        self._lock.acquire()
+        connection = open_cache(settings.cache, log)
+        self._resumption = resume_from(connection, log)
+        self._cache = CacheThread(connection, settings.timing, log)
+        self._store = Store(zone_of)
+        self._store.load(self._resumption.snapshot)
+        self._reactor = Reactor(log)
+        credentials = Credentials(self._reactor, settings.timing)
+        self.clusters = {
+            spec.name: Cluster(spec, self._reactor, credentials, self, settings.timing)
+            for spec in clusters
+            if spec.enabled
+        }
+        self._cluster_rows: dict[str, JsonObject] = {}
+        self._once = False
+        self._failure: FabrikError | None = None
+
+    def run(self, *, once: bool = False) -> None:
+        """Follow the clusters until a signal; `once`: list each once. Raises ConfigError where none can be used."""
+        self._once = once
+        self._cache.start()
+        self._take_signals()
+        for name in self._resumption.servers:
+            if name not in self.clusters:
+                self._cache.put([cluster_statement(name, {"connected": 0, "error": "not configured"})])
+        for cluster in self.clusters.values():
+            self._write_cluster(cluster)
+            cluster.start(self._versions(cluster.spec), once=once)
+            self._log.info(
+                "%s: following %s", cluster.spec.name, ", ".join(cluster.spec.namespaces) or "all namespaces"
+            )
+        self._reactor.call_later(self._timing.housekeeping, self._keep_house)
+        if once:
+            self._reactor.call_later(self._timing.sync, self._reactor.stop)
+        try:
+            self._reactor.run()
+        finally:
+            self._stop()
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self) -> None:
+        """End the run."""
+        self._reactor.stop()
+
+    def on_event(self, scope: Scope, event: WatchEvent) -> None:
+        """Take an object's event into the store; its kind is ADDED, MODIFIED or DELETED."""
+        now = time.time()
+        metadata = object_at(event.object, "metadata")
+        name = text_at(metadata, "namespace") or "", text_at(metadata, "name") or ""
+        facts = facts_from(scope.resource, event.object)
+        progress = self._progress(scope, event.resource_version, now)
+        take = self._store.remove if event.type == "DELETED" else self._store.observe
+        commit = take(progress, name, facts, now)
+        self._take(commit, cluster_statement(scope.cluster, {"last_event_at": progress.at}))
+
+    def on_list(self, scope: Scope, resource_version: str, items: list[Facts]) -> None:
+        """Take a whole list into the store."""
+        now = time.time()
+        commit = self._store.replace(self._progress(scope, resource_version, now), items, now)
+        self._take(commit)
+        self._log.info("%s: listed %d %s", scope.cluster, len(items), scope.resource)
+
+    def on_bookmark(self, scope: Scope, resource_version: str) -> None:
+        """Note that nothing else happened up to a version."""
+        now = time.time()
+        self._take(self._store.advance(self._progress(scope, resource_version, now), now))
+
+    def on_watch_state(self, scope: Scope, told: Told) -> None:
+        """Note a watch's state, and log what a person should know of it."""
+        self._cache.put([watch_statement(scope, {"state": told.state, "error": told.error or None})])
+        if told.state == FORBIDDEN:
+            self._take(self._store.forbid(scope, time.time()))
+        level = logging.WARNING if told.error else logging.DEBUG
+        where = f"{scope.resource} in {scope.namespace or 'all namespaces'}"
+        self._log.log(level, "%s: %s: %s%s", scope.cluster, where, told.state, f": {told.error}" if told.error else "")
+
+    def on_cluster_state(self, name: str) -> None:
+        """Note whether a cluster is connected, and why not."""
+        cluster = self.clusters[name]
+        self._write_cluster(cluster)
+        if self._once and all(each.is_settled for each in self.clusters.values()):
+            self._reactor.call_soon(self._reactor.stop)
+        elif cluster.error is not None:
+            self._log.error("%s: %s", name, cluster.error)
+            if all(isinstance(each.error, ConfigError) for each in self.clusters.values()):
+                self._failure = cluster.error
+                self._reactor.stop()
+
+    def _take(self, commit: Commit, *also: Statement) -> None:
+        for run_id, keys in commit.malformed:
+            self._log.warning("run %s reports values that do not parse: %s", run_id, ", ".join(keys))
+        self._cache.put([*commit_statements(commit), *also])
+
+    @staticmethod
+    def _progress(scope: Scope, resource_version: str, now: float) -> Progress:
+        return Progress(scope, resource_version, format_time(now, milliseconds=True))
+
+    def _versions(self, spec: ClusterSpec) -> dict[Scope, str]:
+        """Return where a cluster's watches go on; nowhere where another cluster or selector stands behind its name."""
+        followed = json.dumps([spec.kubeconfig, spec.context, spec.label_selector])
+        if self._resumption.servers.get(spec.name, followed) != followed:
+            return {}
+        self._cache.put([set_meta(f"followed:{spec.name}", followed)])
+        return self._resumption.versions
+
+    def _write_cluster(self, cluster: Cluster) -> None:
+        row = {
+            "server": cluster.server,
+            "priority": cluster.spec.priority,
+            "connected": int(cluster.is_connected),
+            "error": cluster.trouble,
+        }
+        row = {key: value for key, value in row.items() if key != "server" or value}
+        if self._cluster_rows.get(cluster.spec.name) != row:
+            self._cluster_rows[cluster.spec.name] = row
+            self._cache.put([cluster_statement(cluster.spec.name, row)])
+
+    def _keep_house(self) -> None:
+        now = time.time()
+        self._take(self._store.tick(now, self._timing.retention))
+        before = format_time(now - self._timing.retention)
+        self._cache.put(retention_statements(self._store.tables.seq, before))
+        self._reactor.call_later(self._timing.housekeeping, self._keep_house)
+
+    def _take_signals(self) -> None:
+        signal.set_wakeup_fd(self._reactor.wake_fd, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        self._log.info("%s: stopping", signal.Signals(number).name)
+        self._reactor.stop()
+
+    def _stop(self) -> None:
+        for cluster in self.clusters.values():
+            cluster.stop()
+            self._cache.put([cluster_statement(cluster.spec.name, {"connected": 0})])
+        if not self._cache.close(self._timing.stop):
+            self._log.error("the cache could not be written to its end within %g s", self._timing.stop)
+        self._reactor.close()
+        self._lock.release()
+
+
+def zone_of(name: str) -> Any:
+    """Return the time zone of an IANA name. Raises KeyError where this host does not know it."""
+    return zoneinfo.ZoneInfo(name)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Commands: reading
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Context(NamedTuple):
+    """What every command gets: where things are, and where to write."""
+
+    settings: Settings
+    environment: Mapping[str, str]
+    out: TextIO
+    errors: TextIO
+
+    @property
+    def width(self) -> int | None:
+        """The terminal's width; None where the output is none."""
+        return shutil.get_terminal_size().columns if self.out.isatty() else None
+
+    def warn(self, line: str) -> None:
+        """Tell the user something beside the answer."""
+        self.errors.write(f"fabrik-daemon: {safe_text(line)}\n")
+
+
+Answer = list[JsonObject]
+
+
+def runs_list(context: Context, arguments: argparse.Namespace) -> int:
+    """List runs, the newest first."""
+    reader = CacheReader(context.settings.cache)
+    _tell_freshness(context, reader, arguments.cluster)
+    where, values = _conditions(cluster=arguments.cluster, status=arguments.status)
+    limit = f" LIMIT {arguments.limit}" if arguments.limit else ""
+    rows = reader.rows(
+        f"SELECT {', '.join(Run._fields)} FROM runs{where} ORDER BY created_at DESC, run_id DESC{limit}",  # noqa: S608
+        values,
+    )
+    _print(context, arguments.output, rows, lambda now: format_table(RUN_COLUMNS, rows, now, context.width))
+    return 0
+
+
+def runs_show(context: Context, arguments: argparse.Namespace) -> int:
+    """Show one run whole."""
+    reader = CacheReader(context.settings.cache)
+    row = find_run(reader, arguments.id)
+    _tell_freshness(context, reader, [row["cluster"]])
+    row["events"] = reader.rows(
+        "SELECT * FROM (SELECT * FROM run_events WHERE run_id = ? ORDER BY id DESC LIMIT ?) ORDER BY id",
+        (row["run_id"], RUN_EVENTS_SHOWN),
+    )
+    for event in row["events"]:
+        event["payload"] = parse_json_object(event["payload"])
+    row["volumes"] = reader.rows("SELECT * FROM volumes WHERE run_id = ? ORDER BY namespace, name", (row["run_id"],))
+    row["warnings"] = reader.rows("SELECT * FROM cluster_events WHERE run_id = ? ORDER BY last_at", (row["run_id"],))
+    _print(context, arguments.output, row, lambda now: format_run(row, now, context.width))
+    return 0
+
+
+def find_run(reader: CacheReader, run_id: str) -> JsonObject:
+    """Return the row that an id means: its key, or its label id where that is no other's. Raises FabrikError."""
+    fields = ", ".join(Run._fields)
+    found = reader.rows(f"SELECT {fields} FROM runs WHERE run_id = ?", (run_id,))  # noqa: S608 - names of ours
+    found = found or reader.rows(f"SELECT {fields} FROM runs WHERE id = ? ORDER BY run_id", (run_id,))  # noqa: S608
+    if len(found) > 1:
+        raise UsageError(f"{run_id} is ambiguous", "say " + " or ".join(row["run_id"] for row in found))
+    if not found:
+        raise NotFoundError(f"no run {run_id!r} is known", "see 'fabrik-daemon runs list'")
+    return found[0]
+
+
+def configured_clusters(settings: Settings, environment: Mapping[str, str]) -> list[ClusterSpec]:
+    """Return the clusters of clusters.yaml, then those discovered in kubeconfigs. Raises ConfigError."""
+    clusters = parse_clusters(read_text(settings.clusters_file) or "", settings.clusters_file, environment)
+    names = {cluster.name for cluster in clusters}
+    contexts = {(cluster.kubeconfig, cluster.context) for cluster in clusters}
+    for cluster in discovered_clusters(environment):
+        if cluster.name not in names and (cluster.kubeconfig, cluster.context) not in contexts:
+            names.add(cluster.name)
+            clusters.append(cluster)
+    return clusters
+
+
+def discovered_clusters(environment: Mapping[str, str]) -> list[ClusterSpec]:
+    """Return the fabrik contexts of $KUBECONFIG, or of ~/.kube/config; a file that is missing or broken has none."""
+    paths = environment.get("KUBECONFIG") or expand_home("~/.kube/config", environment)
+    found: list[ClusterSpec] = []
+    for path in paths.split(os.pathsep):
+        if path and os.path.exists(expand_home(path, environment)):
+            with contextlib.suppress(ConfigError):
+                found += fabrik_clusters(
+                    read_kubeconfig(expand_home(path, environment)), expand_home(path, environment)
+                )
+    return found
+
+
+def read_text(path: str) -> str | None:
+    """Return a file's text, None where there is no such file. Raises ConfigError for one that cannot be read."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+
+
+def clusters_list(context: Context, arguments: argparse.Namespace) -> int:
+    """List the clusters: those configured or discovered, and what the cache knows of them."""
+    rows: dict[str, JsonObject] = {}
+    if os.path.exists(context.settings.cache):
+        reader = CacheReader(context.settings.cache)
+        live = {part.cluster: part.connected for part in reader.freshness()}
+        for row in reader.rows("SELECT name, server, priority, connected, error, last_event_at FROM clusters"):
+            rows[row["name"]] = {**row, "connected": live.get(row["name"], False)}
+    empty = {"server": None, "connected": False, "error": None, "last_event_at": None}
+    for spec in configured_clusters(context.settings, context.environment):
+        row = {**empty, **rows.get(spec.name, {}), "name": spec.name, "priority": spec.priority}
+        rows[spec.name] = {**row, "error": "disabled" if not spec.enabled else row["error"]}
+    answer = sorted(rows.values(), key=lambda row: (row["priority"], row["name"]))
+    answer = [
+        {key: row[key] for key in ("name", "server", "priority", "connected", "error", "last_event_at")}
+        for row in answer
+    ]
+    _print(context, arguments.output, answer, lambda now: format_table(CLUSTER_COLUMNS, answer, now, context.width))
+    return 0
+
+
+def query(context: Context, arguments: argparse.Namespace) -> int:
+    """Answer a user's SQL from the cache, within limits of time, memory and rows."""
+    reader = CacheReader(context.settings.cache)
+    _tell_freshness(context, reader, ())
+    reader.connection.execute("SELECT * FROM json_each('[]')").fetchall()  # fails under the authorizer unless touched
+    reader.connection.execute("PRAGMA query_only = 1")
+    reader.connection.set_authorizer(lambda action, first, second, *_: authorize(action, first, second))
+    names, rows = _run_limited(reader.connection, arguments.sql, context.settings.timing.query)
+    if len(rows) > QUERY_ROWS:
+        rows = rows[:QUERY_ROWS]
+        context.warn(f"only the first {QUERY_ROWS} rows are shown; add LIMIT or a condition")
+    answer = [dict(zip(names, (_shown(value) for value in row))) for row in rows]
+    _print(context, arguments.output, answer, lambda now: format_table(columns_for(names), answer, now, context.width))
+    return 0
+
+
+def _run_limited(connection: sqlite3.Connection, sql: str, seconds: float) -> tuple[list[str], list[Values]]:
+    """Run SQL in a thread and wait for it; past its time the process ends, since nothing else stops a slow LIKE."""
+    with contextlib.suppress(ValueError, OSError):
+        limit = QUERY_MEMORY_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    result: list[tuple[list[str], list[Values]] | Exception] = []
+
+    def work() -> None:
+        try:
+            cursor = connection.execute(sql)
+            names = [column[0] for column in cursor.description or ()]
+            result.append((names, cursor.fetchmany(QUERY_ROWS + 1)))
+        except (sqlite3.Error, sqlite3.Warning, MemoryError, ValueError) as error:
+            result.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not result:
+        raise QueryTimeoutError(f"the query was ended after {seconds:g} s", "make it smaller, or set timing.query")
+    if isinstance(result[0], MemoryError) or "out of memory" in str(result[0]):
+        raise FabrikError("the query needs too much memory", "make it smaller")
+    if isinstance(result[0], Exception):
+        words = str(result[0])
+        denied = "not authorized" in words or "prohibited" in words or "readonly" in words
+        raise UsageError(
+            f"SQL: {words}", "only SELECT on the cache's tables is possible" if denied else "see 'query --help'"
+        )
+    if not result[0][0]:
+        raise UsageError("SQL: there is no statement in it", 'write for example "SELECT * FROM runs"')
+    return result[0]
+
+
+class QueryTimeoutError(FabrikError):
+    """User SQL took too long; its thread still runs, so the process must end at once."""
+
+
+def _shown(value: Any) -> Any:
+    return value.hex() if isinstance(value, bytes) else value
+
+
+def _conditions(**wanted: Sequence[str]) -> tuple[str, list[str]]:
+    """Return a WHERE clause and its values: each column is one of what is asked for; `unknown` is no status at all."""
+    parts: list[str] = []
+    values: list[str] = []
+    for column, choices in wanted.items():
+        if choices:
+            unknown = " OR status IS NULL" if column == "status" and UNKNOWN in choices else ""
+            parts.append(f"({column} IN ({', '.join('?' * len(choices))}){unknown})")
+            values += choices
+    return (" WHERE " + " AND ".join(parts) if parts else ""), values
+
+
+def _tell_freshness(context: Context, reader: CacheReader, clusters: Sequence[str]) -> None:
+    """Say how old the answer is. Raises where nothing asked for was ever synced, or a cluster is not known at all."""
+    parts = reader.freshness(clusters)
+    unknown = [name for name in clusters if name not in {part.cluster for part in parts}]
+    if unknown:
+        known = [part.cluster for part in reader.freshness()]
+        raise NotFoundError(f"no cluster {unknown[0]!r} is known", nearest(unknown[0], known) if known else "none is")
+    lines = freshness_lines(parts, time.time())
+    if not any(part.synced_at for part in parts):
+        raise CacheError(
+            "; ".join(lines) or "no cluster was ever synced", "run 'fabrik-daemon sync' or see 'clusters list'"
+        )
+    for line in lines:
+        context.warn(line)
+
+
+def _print(context: Context, output: str, answer: object, table: Callable[[float], str]) -> None:
+    context.out.write(format_json(answer) if output == "json" else table(time.time()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Commands: daemon and clusters
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def start(context: Context, arguments: argparse.Namespace) -> int:
+    """Follow the clusters until a signal comes."""
+    daemon = _make_daemon(context)
+    daemon.run()
+    return 0
+
+
+def sync(context: Context, arguments: argparse.Namespace) -> int:
+    """List every cluster once, bring the cache up to date, and end."""
+    try:
+        daemon = _make_daemon(context)
+    except AlreadyRunningError:
+        return _daemon_keeps_it(context)
+    daemon.run(once=True)
+    code = 0
+    for name, cluster in daemon.clusters.items():
+        missing = [watcher for watcher in cluster.watchers if not watcher.synced]
+        forbidden = [watcher for watcher in missing if watcher.told.state == FORBIDDEN]
+        if missing:
+            context.warn(f"{name}: {cluster.trouble or 'no answer in time'}")
+        if len(forbidden) < len(missing) or len(missing) == len(cluster.watchers):
+            code = UnreachableError.exit_code
+    return code
+
+
+def clusters_add(context: Context, arguments: argparse.Namespace) -> int:
+    """Add a cluster to clusters.yaml."""
+    settings, path = context.settings, context.settings.clusters_file
+    clusters = parse_clusters(read_text(path) or "", path, context.environment)
+    check_cluster_name(arguments.name, "--name")
+    if any(cluster.name == arguments.name for cluster in clusters):
+        raise UsageError(
+            f"a cluster named {arguments.name!r} stands in {path}", "remove it first, or take another name"
+        )
+    kubeconfig = os.path.abspath(expand_home(arguments.kubeconfig, context.environment))
+    names = [text_at(entry, "name") or "" for entry in list_at(read_kubeconfig(kubeconfig), "contexts")]
+    if arguments.context is not None and arguments.context not in names:
+        raise UsageError(f"{kubeconfig}: no context {arguments.context!r}", nearest(arguments.context, names))
+    spec = ClusterSpec(
+        arguments.name,
+        kubeconfig,
+        context=arguments.context,
+        namespaces=parse_namespaces(arguments.namespace or ["fabrik-runs"], "--namespace"),
+        label_selector=arguments.label_selector,
+        priority=arguments.priority,
+    )
+    _write_clusters(settings, [*clusters, spec])
+    context.out.write(f"added {spec.name} to {path}\n")
+    return 0
+
+
+def clusters_remove(context: Context, arguments: argparse.Namespace) -> int:
+    """Take a cluster out of clusters.yaml; what the cache knows of it stays until its retention ends."""
+    path = context.settings.clusters_file
+    clusters = parse_clusters(read_text(path) or "", path, context.environment)
+    kept = [cluster for cluster in clusters if cluster.name != arguments.name]
+    if len(kept) == len(clusters):
+        names = [cluster.name for cluster in clusters]
+        hint = nearest(arguments.name, names) if names else "it lists none"
+        raise NotFoundError(f"no cluster {arguments.name!r} in {path}", hint)
+    _write_clusters(context.settings, kept)
+    context.out.write(f"removed {arguments.name} from {path}; its runs stay in the cache until their retention ends\n")
+    return 0
+
+
+def make_log(level: str, errors: TextIO) -> logging.Logger:
+    """Return the daemon's log, which goes to stderr; no file is ever written."""
+    log = logging.getLogger("fabrik-daemon")
+    handler = logging.StreamHandler(errors)
+    formatter = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+    formatter.converter = time.gmtime
+    handler.setFormatter(formatter)
+    log.handlers[:] = [handler]
+    log.setLevel(level.upper())
+    log.propagate = False
+    return log
+
+
+def _make_daemon(context: Context) -> Daemon:
+    settings = context.settings
+    clusters = configured_clusters(settings, context.environment)
+    if not any(cluster.enabled for cluster in clusters):
+        raise ConfigError(
+            "no cluster is configured, and no kubeconfig has one of fabrik's", "see 'clusters add --help'"
+        )
+    prepare_cache_folder(settings.cache)
+    return Daemon(settings, clusters, make_log(settings.log_level, context.errors))
+
+
+def _daemon_keeps_it(context: Context) -> int:
+    """Answer a sync while a daemon runs: it is the daemon that keeps the cache up to date."""
+    away = [part for part in CacheReader(context.settings.cache).freshness() if not part.connected]
+    for line in freshness_lines(away, time.time()):
+        context.warn(line)
+    context.warn(
+        "a daemon keeps this cache up to date" if not away else "a daemon runs, but not every cluster answers it"
+    )
+    return UnreachableError.exit_code if away else 0
+
+
+def _write_clusters(settings: Settings, clusters: Sequence[ClusterSpec]) -> None:
+    """Write clusters.yaml whole or not at all."""
+    path = settings.clusters_file
+    text = "# Written by 'fabrik-daemon clusters'; edit it as you like.\n" + format_clusters(clusters)
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
+        file, name = tempfile.mkstemp(dir=os.path.dirname(os.path.abspath(path)), prefix=".clusters-")
+        with open(file, "w", encoding="utf-8") as opened:
+            opened.write(text)
+        os.replace(name, os.path.realpath(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}", "name another place with --config") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Command(NamedTuple):
+    """A command: its words, what it does, examples, its arguments, its function."""
+
+    words: str
+    summary: str
+    examples: tuple[str, ...]
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[Context, argparse.Namespace], int]
+
+
+def _output_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", choices=("table", "json"), default="table", help="format (default: table)")
+
+
+def _runs_list_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cluster", action="append", default=[], metavar="NAME", help="only this cluster's (repeatable)"
+    )
+    parser.add_argument(
+        "--status", action="append", default=[], choices=(*STATUSES, UNKNOWN), help="only this status (repeatable)"
+    )
+    parser.add_argument("--limit", type=_count, metavar="N", help="at most N rows, the newest")
+    _output_argument(parser)
+
+
+def _runs_show_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--id", required=True, metavar="RUN", help="run_id, or the id on the run's label")
+    _output_argument(parser)
+
+
+def _query_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "sql", metavar="SQL", help="one SELECT on runs, run_events, schedules, volumes, cluster_events, ..."
+    )
+    _output_argument(parser)
+
+
+def _start_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--foreground", action="store_true", required=True, help="stay in the terminal; end with ^C")
+
+
+def _clusters_add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--name", required=True, help="the cluster's name here")
+    parser.add_argument("--kubeconfig", required=True, metavar="FILE", help="its kubeconfig")
+    parser.add_argument("--context", help="the kubeconfig's context (default: its current one)")
+    parser.add_argument(
+        "--namespace", action="append", help="a namespace to follow, '*' for all (default: fabrik-runs)"
+    )
+    parser.add_argument("--label-selector", metavar="SELECTOR", help="only objects with these labels")
+    parser.add_argument(
+        "--priority", type=int, default=100, metavar="N", help="place in lists, lower first (default: 100)"
+    )
+
+
+def _clusters_remove_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="the cluster's name")
+
+
+def _no_arguments(parser: argparse.ArgumentParser) -> None:
+    del parser
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(text)
+    return min(int(text), INT_MAX)
+
+
+_ADD: Final = (
+    "clusters add --name prod --kubeconfig ~/.kube/prod",
+    "clusters add --name dev --kubeconfig ~/.kube/config --context k3d-dev --namespace fabrik-runs --priority 1",
+)
+COMMANDS: Final = (
+    Command("start", "follow the clusters", ("start --foreground",), _start_arguments, start),
+    Command("sync", "list every cluster once and end (for cron)", ("sync",), _no_arguments, sync),
+    Command(
+        "runs list",
+        "list runs",
+        ("runs list", "runs list --cluster prod --status blocked", "runs list --limit 50 -o json"),
+        _runs_list_arguments,
+        runs_list,
+    ),
+    Command(
+        "runs show",
+        "show one run whole",
+        ("runs show --id 01jk7v8x9m3qn5r2t4w6y8z0ab",),
+        _runs_show_arguments,
+        runs_show,
+    ),
+    Command("clusters list", "list the clusters", ("clusters list -o json",), _output_argument, clusters_list),
+    Command("clusters add", "add a cluster to clusters.yaml", _ADD, _clusters_add_arguments, clusters_add),
+    Command("add-cluster", "the same as 'clusters add'", (), _clusters_add_arguments, clusters_add),
+    Command(
+        "clusters remove",
+        "take a cluster out of clusters.yaml",
+        ("clusters remove prod",),
+        _clusters_remove_arguments,
+        clusters_remove,
+    ),
+    Command(
+        "query",
+        "answer SQL from the cache",
+        ("query \"SELECT run_id, status FROM runs WHERE status = 'blocked'\"",),
+        _query_arguments,
+        query,
+    ),
+)
+_GLOBAL_FLAGS: Final = ("--config", "--cache", "--socket")
+
+
+def find_command(words: Sequence[str]) -> tuple[Command, list[str]]:
+    """Return the command that the words begin with, and the words after it. Raises UsageError."""
+    for command in COMMANDS:
+        parts = command.words.split()
+        if list(words[: len(parts)]) == parts:
+            return command, list(words[len(parts) :])
+    groups = {command.words.split()[0] for command in COMMANDS if " " in command.words}
+    if words[0] in groups:
+        known = [command.words.split()[1] for command in COMMANDS if command.words.startswith(words[0] + " ")]
+        if len(words) == 1:
+            raise UsageError(f"'{words[0]}' needs another word", f"choose from {', '.join(known)}")
+        raise UsageError(f"no command '{words[0]} {words[1]}'", nearest(words[1], known))
+    raise UsageError(f"no command {words[0]!r}", nearest(words[0], {command.words.split()[0] for command in COMMANDS}))
+
+
+def make_parser(command: Command) -> argparse.ArgumentParser:
+    """Return the parser of one command, which raises UsageError instead of ending the process."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UsageError(message, f"see 'fabrik-daemon {command.words} --help'")
+
+    examples = "".join(f"  fabrik-daemon {example}\n" for example in command.examples)
+    parser = Parser(
+        prog=f"fabrik-daemon {command.words}",
+        description=command.summary[0].upper() + command.summary[1:] + ".",
+        epilog=f"examples:\n{examples}" if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.arguments(parser)
+    for flag, what in zip(_GLOBAL_FLAGS, ("config.yaml", "cache.db", "the daemon's socket")):
+        parser.add_argument(flag, metavar="PATH", help=f"where {what} is")
+    return parser
+
+
+def format_help() -> str:
+    """Return what `--help` prints: every command in a line."""
+    width = max(len(command.words) for command in COMMANDS)
+    lines = [f"  {command.words:<{width}}   {command.summary}\n" for command in COMMANDS]
+    return (
+        "usage: fabrik-daemon COMMAND [ARGUMENT...]\n\n"
+        "Follows Kubernetes clusters, keeps their fabrik runs in a local cache, and answers from it.\n"
+        "'fabrik daemon COMMAND' and 'fabrik COMMAND' mean the same.\n\n"
+        f"commands:\n{''.join(lines)}\n"
+        "'fabrik-daemon COMMAND --help' shows a command's arguments and examples.\n"
+        "exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 no such run or cluster,\n"
+        "            5 a cluster did not answer, 130 interrupted\n"
+    )
+
+
+def _split_global_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the global flags that stand before the command, and the rest."""
+    flags: list[str] = []
+    rest = list(words)
+    while rest and rest[0].partition("=")[0] in _GLOBAL_FLAGS:
+        flags += rest[: 1 if "=" in rest[0] else 2]
+        rest = rest[1 if "=" in rest[0] else 2 :]
+    return flags, rest
+
+
+def _dispatch(argv: Sequence[str], out: TextIO, errors: TextIO) -> int:
+    flags, words = _split_global_flags(argv)
+    if words[:1] == ["daemon"]:  # the spec's spelling: fabrik daemon start
+        words = words[1:]
+    if words[:1] == ["_credentials"]:
+        return credentials_helper(words[1], words[2], out)
+    if not words or words[0] in ("-h", "--help", "help"):
+        out.write(format_help())
+        return 0 if words else UsageError.exit_code
+    if words[0] == "--version":
+        out.write(f"fabrik-daemon {__version__}\n")
+        return 0
+    command, rest = find_command(words)
+    arguments = make_parser(command).parse_args([*rest, *flags])
+    places = Flags(arguments.config, arguments.cache, arguments.socket)
+    settings = settings_from(places, os.environ, read_text)
+    return command.run(Context(settings, os.environ, out, errors), arguments)
+
+
+def main(argv: Sequence[str], out: TextIO, errors: TextIO) -> int:
+    """Run a command and return its exit code; what is wrong goes to `errors` in one line."""
+    try:
+        code = _dispatch(argv, out, errors)
+        out.flush()
+    except FabrikError as error:
+        errors.write(f"fabrik-daemon: {safe_text(error)}\n")
+        return error.exit_code
+    except SystemExit as stop:  # argparse, after --help
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:  # noqa: BLE001 - the last resort: a defect, told as one
+        traceback.print_exc(file=errors)
+        errors.write(f"fabrik-daemon: a defect: {type(error).__name__}; please report the lines above\n")
+        return 1
+    return code
+
+
+def run() -> NoReturn:
+    """Be the program."""
+    code = main(sys.argv[1:], sys.stdout, sys.stderr)
+    sys.stderr.flush()
+    if threads_left():
+        os._exit(code)
+    sys.exit(code)
+
+
+def threads_left() -> bool:
+    """Say whether a thread of user SQL still runs, which nothing but the process's end stops."""
+    return "threading" in sys.modules and threading.active_count() > 1
+
+
+if __name__ == "__main__":
+    run()
