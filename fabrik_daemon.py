@@ -22,21 +22,27 @@ Core:
     Projection: reports   what Smithers says of its run, in every dialect
     Projection: objects   Kubernetes objects -> facts
     Projection: rows      facts -> rows: the status table, schedules, volumes, warnings
+    Filters               what a list or a subscriber asks for
     Store: rows           the rows known now; differences -> numbered changes
     Store: runs           which objects make up which run
     Store                 what was seen -> what it changes
+    Bus                   subscriptions, their queues, lag and snapshots
     Schema                DDL, migrations, statements, row <-> values, the SQL authorizer
-    HTTP                  the client side over h11: bytes in, messages out
+    HTTP                  client and server sides over h11: bytes in, messages out
     Watch decoding        byte lines -> events, list pages, Status objects
     Watch machine         list, watch, bookmark, expire, back off -> actions
+    Requests              the daemon's API: request -> answer, the same for every framing
     Views                 rows -> table or json; where hostile text is made safe
 Shell:
     Reactor               selectors loop, timers, wake-up, a small pool for what blocks
-    Streams               non-blocking TCP and TLS
+    Streams               non-blocking TCP, TLS and Unix sockets
     Cache                 the one thread that writes SQLite, and its readers
+    Cache: queries        user SQL within limits of time, memory and rows
     Credentials           the helper process around kubernetes.config
     Watcher               drives one Watch machine over one Stream
+    Server                the Unix socket and its connections: JSON lines and HTTP
     Daemon                composition root: settings -> parts; signals, orderly stop
+    Client                a connection to the daemon, for commands
     Commands: reading     one function per command
     Commands: daemon and clusters
     Command line          parser, main
@@ -73,6 +79,7 @@ if TYPE_CHECKING:
     import contextlib
     import difflib
     import errno
+    import faulthandler
     import fcntl
     import heapq
     import itertools
@@ -88,6 +95,7 @@ if TYPE_CHECKING:
     import sqlite3
     import ssl
     import stat
+    import struct
     import subprocess
     import tempfile
     import threading
@@ -123,6 +131,7 @@ else:
     cronsim = _Lazy("cronsim")  # the next run of a schedule, in its time zone
     difflib = _Lazy("difflib")
     errno = _Lazy("errno")
+    faulthandler = _Lazy("faulthandler")
     fcntl = _Lazy("fcntl")
     h11 = _Lazy("h11")  # HTTP/1.1
     heapq = _Lazy("heapq")
@@ -139,6 +148,7 @@ else:
     sqlite3 = _Lazy("sqlite3")
     ssl = _Lazy("ssl")
     stat = _Lazy("stat")
+    struct = _Lazy("struct")
     subprocess = _Lazy("subprocess")
     tempfile = _Lazy("tempfile")
     threading = _Lazy("threading")
@@ -179,6 +189,23 @@ RUN_EVENTS_SHOWN: Final = 1000
 MISSED_MAX: Final = 100  # a schedule that missed more than this is simply off
 POOL_THREADS: Final = 4  # name look-ups and helper processes; each cluster needs one at a time
 LOG_RING_LINES: Final = 2000
+PROTOCOL: Final = 1  # of requests and events; a change that old clients would misread raises it
+DEFAULT_SOCKET: Final = "/tmp/fabrik-daemon.sock"  # noqa: S108 - the spec's place, made safe by how it is bound
+SOCKET_PATH_BYTES: Final = 103  # sun_path holds 104 bytes on macOS, 108 on Linux, its end included
+CONNECTIONS_MAX: Final = 1000
+DESCRIPTORS: Final = 4096  # a thousand clients, five watches a namespace, and room
+LISTEN_BACKLOG: Final = 1024
+ACCEPTS_PER_TURN: Final = 64  # before others get their turn
+REQUEST_MAX_BYTES: Final = 2**20  # SQL may be long; nothing else is
+OUTPUT_HIGH_BYTES: Final = 256 * 1024  # more than this is not handed to a connection that does not take it
+HISTORY_LOADED: Final = 1000  # of them, taken over from the cache at start
+HISTORY_EVENTS: Final = 10_000  # what includeHistory reaches back to; about 10 MB
+SUBSCRIBER_QUEUE_LINES: Final = 10_000
+SUBSCRIBER_QUEUE_BYTES: Final = 8 * 2**20  # of one that does not read; then it has lagged
+SNAPSHOT_ROWS: Final = 100  # rows serialised at a time, about 1 ms
+CLIENT_TIMEOUT_S: Final = 10.0  # of a command, for the daemon's answer
+LOCK_POLL_S: Final = 0.02  # where only asking again tells
+LAST_WORDS_CHARS: Final = 20_000
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Errors
@@ -229,6 +256,40 @@ class CacheError(FabrikError):
     exit_code, http_status, code = 1, 503, "cache"
 
 
+class NotSyncedError(FabrikError):
+    """What was asked for is not known yet."""
+
+    exit_code, http_status, code = 1, 503, "not_synced"
+
+
+class NotRunningError(FabrikError):
+    """There is no daemon, or it ended meanwhile."""
+
+    exit_code, http_status, code = 4, 503, "not_running"
+
+
+class StartError(FabrikError):
+    """The daemon died while it started."""
+
+
+class SocketError(FabrikError):
+    """The socket cannot be where it should."""
+
+    exit_code, http_status, code = 2, 500, "socket"
+
+
+class OtherCacheError(FabrikError):
+    """The daemon keeps another cache than the one that was asked about."""
+
+    exit_code, http_status, code = 1, 409, "other_cache"
+
+
+class MethodError(UsageError):
+    """An HTTP method that a route does not have."""
+
+    http_status = 405
+
+
 class AlreadyRunningError(FabrikError):
     """Another process holds this cache's lock."""
 
@@ -239,6 +300,16 @@ class ProtocolError(FabrikError):
     """A peer sent what its protocol does not allow; the connection is of no use any more."""
 
     exit_code, http_status, code = 5, 502, "protocol"
+
+
+class RemoteError(FabrikError):
+    """What another process answered instead of what was asked for."""
+
+    def __init__(self, reply: Mapping[str, Any]) -> None:
+        super().__init__(str(reply.get("message", "refused")), str(reply.get("hint") or ""))
+        self.code = str(reply.get("code"))
+        self.exit_code = int(reply.get("exit_code") or FabrikError.exit_code)
+        self.http_status = int(reply.get("http_status") or FabrikError.http_status)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -359,7 +430,32 @@ class ClusterEvent(NamedTuple):
     last_at: str | None = None
 
 
-Row = Union[Run, Schedule, Volume, ClusterEvent]
+class ClusterRow(NamedTuple):
+    """A row of `clusters`."""
+
+    name: str
+    server: str | None = None
+    priority: int = 100
+    connected: int = 0
+    last_event_at: str | None = None
+    error: str | None = None
+
+    @property
+    def cluster(self) -> str:
+        """The cluster's name, as other rows have it."""
+        return self.name
+
+
+TableRow = Union[Run, Schedule, Volume, ClusterEvent]
+Row = Union[TableRow, ClusterRow]
+
+
+TABLES: Final[dict[str, type[TableRow]]] = {
+    "runs": Run,
+    "schedules": Schedule,
+    "volumes": Volume,
+    "cluster_events": ClusterEvent,
+}
 
 
 class Scope(NamedTuple):
@@ -368,6 +464,15 @@ class Scope(NamedTuple):
     cluster: str
     resource: str
     namespace: str
+
+
+class Freshness(NamedTuple):
+    """How old a cluster's part of an answer is."""
+
+    cluster: str
+    connected: bool
+    synced_at: str | None  # None: not yet synced
+    error: str | None = None
 
 
 class Change(NamedTuple):
@@ -505,6 +610,15 @@ def parse_int(value: object) -> int | None:
     return None
 
 
+def parse_json(text: str) -> JsonObject | None:
+    """Return the object that a text of our own processes holds, or None."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def parse_json_object(text: object) -> JsonObject | None:
     """Return the object that a hostile text holds, or None.
 
@@ -512,11 +626,7 @@ def parse_json_object(text: object) -> JsonObject | None:
     """
     if not isinstance(text, str) or len(text) > JSON_MAX_CHARS:
         return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+    return parse_json(text)
 
 
 def object_at(value: JsonObject, *path: str) -> JsonObject:
@@ -575,7 +685,9 @@ class Timing(NamedTuple):
     retention: float = 30 * 86400.0  # after a run's end
     query: float = 5.0  # user SQL
     sync: float = 60.0  # one full list of every cluster
-    stop: float = 2.0  # an orderly stop
+    idle_seq: float = 30.0  # subscribers who hear nothing are told how far the stream is
+    socket_check: float = 5.0  # whether the socket's file is still there
+    stop: float = 1.5  # what the cache gets to write its last, of the 2 s of an orderly stop
 
 
 class ClusterSpec(NamedTuple):
@@ -597,7 +709,7 @@ class Settings(NamedTuple):
     config: str
     clusters_file: str
     cache: str
-    socket: str
+    socket: str | None  # None: the default, which depends on who holds it
     log_level: str = "info"
     timing: Timing = Timing()
 
@@ -610,7 +722,7 @@ class Flags(NamedTuple):
     socket: str | None = None
 
 
-_LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 _CONFIG_KEYS: Final = ("cache", "socket", "logLevel", "timing")
 _CLUSTER_KEYS: Final = (
     "name",
@@ -651,7 +763,7 @@ def settings_from(flags: Flags, environment: Mapping[str, str], read: Callable[[
         config=config,
         clusters_file=config.rpartition("/")[0] + "/clusters.yaml" if "/" in config else "clusters.yaml",
         cache=expand_home(cache or f"{cache_home}/fabrik/daemon/cache.db", environment),
-        socket=expand_home(socket_path or "/tmp/fabrik-daemon.sock", environment),  # noqa: S108 - the spec's place
+        socket=expand_home(socket_path, environment) if socket_path else None,
         log_level=values.get("logLevel", "info"),
         timing=values.get("timing", Timing()),
     )
@@ -664,7 +776,7 @@ def parse_config(text: str, where: str) -> JsonObject:
         if key == "timing":
             values[key] = Timing(**dict(_timing_items(node, where)))
         elif key == "logLevel":
-            values[key] = _one_of(_yaml_text(node, at, key), _LOG_LEVELS, at)
+            values[key] = _one_of(_yaml_text(node, at, key), LOG_LEVELS, at)
         else:
             values[key] = _yaml_text(node, at, key)
     return values
@@ -1591,6 +1703,47 @@ def _cron_times(facts: CronJobFacts, now: float, zone: Zone) -> tuple[str | None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Filters
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Filter(NamedTuple):
+    """What a list or a subscriber asks for; empty sets ask for everything."""
+
+    clusters: frozenset[str] = frozenset()
+    statuses: frozenset[str] = frozenset()  # `unknown` stands for a status that nobody knows
+
+    def matches(self, row: Row | None) -> bool:
+        """Say whether a row is asked for; a filter on the status asks for runs only."""
+        if row is None or (self.clusters and row.cluster not in self.clusters):
+            return False
+        return not self.statuses or (isinstance(row, Run) and (row.status or UNKNOWN) in self.statuses)
+
+
+def parse_filter(request: JsonObject) -> Filter:
+    """Return the filter of a request: `clusters` (`*` means all) and `filter: {"status": [...]}`. Raises UsageError."""
+    clusters = _words(request.get("clusters"), "clusters")
+    wanted = request.get("filter")
+    if wanted is not None and not isinstance(wanted, dict):
+        raise UsageError("filter must be an object", 'write "filter": {"status": ["running"]}')
+    for key in wanted or {}:
+        if key != "status":
+            raise UsageError(f"no filter {key!r}", nearest(key, ["status"]))
+    statuses = _words((wanted or {}).get("status"), "filter.status")
+    for status in statuses:
+        if status not in (*STATUSES, UNKNOWN):
+            raise UsageError(f"no status {status!r}", nearest(status, (*STATUSES, UNKNOWN)))
+    return Filter(frozenset() if "*" in clusters else frozenset(clusters), frozenset(statuses))
+
+
+def _words(value: object, where: str) -> list[str]:
+    words = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise UsageError(f"{where} must be a list of words", f'write "{where.rpartition(".")[2]}": ["..."]')
+    return words
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Store: rows
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -1635,7 +1788,7 @@ class RunEvent(NamedTuple):
 RowKey = tuple[str, ...]
 
 
-def row_key(row: Row) -> RowKey:
+def row_key(row: TableRow) -> RowKey:
     """Return what names a row within its table."""
     return (row.run_id,) if isinstance(row, Run) else row[:3]
 
@@ -1678,17 +1831,17 @@ class Tables:
     _KINDS: Final = {Run: "run", Schedule: "schedule", Volume: "volume", ClusterEvent: "warning"}
 
     def __init__(self) -> None:
-        self._rows: dict[type[Row], dict[RowKey, Row]] = {kind: {} for kind in self._KINDS}
+        self._rows: dict[type[TableRow], dict[RowKey, TableRow]] = {kind: {} for kind in self._KINDS}
         self.seq = 0  # the last number given to a change
         self._reserved = 0
 
-    def load(self, rows: Iterable[Row], reserved_seq: int) -> None:
+    def load(self, rows: Iterable[TableRow], reserved_seq: int) -> None:
         """Take over what the cache holds; nothing of it is a change."""
         self.seq, self._reserved = reserved_seq, reserved_seq + SEQ_BLOCK
         for row in rows:
             self._rows[type(row)][row_key(row)] = row
 
-    def rows(self, kind: type[Row]) -> list[Row]:
+    def rows(self, kind: type[TableRow]) -> list[TableRow]:
         """Return the rows of one table, as they are now."""
         return list(self._rows[kind].values())
 
@@ -1697,7 +1850,7 @@ class Tables:
         row = self._rows[Run].get((run_id,))
         return row if isinstance(row, Run) else None
 
-    def set(self, draft: Draft, row: Row) -> Row:
+    def set(self, draft: Draft, row: TableRow) -> TableRow:
         """Keep a row and return it as kept; where it says something new, that is a change."""
         table, key = self._rows[type(row)], row_key(row)
         before = table.get(key)
@@ -1708,14 +1861,18 @@ class Tables:
         row = row._replace(last_sync_at=draft.at) if isinstance(row, Run) else row
         table[key] = row
         gone = isinstance(row, Volume) and row.deleted_at
-        self._tell(draft, row, before, "removed" if gone else "updated" if before else "added")
+        self._tell(draft, self._type(row, "removed" if gone else "updated" if before else "added"), row, before)
         return row
 
-    def drop(self, draft: Draft, kind: type[Row], key: RowKey) -> None:
+    def drop(self, draft: Draft, kind: type[TableRow], key: RowKey) -> None:
         """Forget a row, which is a change where there was one."""
         row = self._rows[kind].pop(key, None)
         if row is not None:
-            self._tell(draft, row, row, "removed")
+            self._tell(draft, self._type(row, "removed"), row, row)
+
+    def announce(self, draft: Draft, change_type: str, row: ClusterRow) -> None:
+        """Make a change of what stands in no table here."""
+        self._tell(draft, change_type, row, None)
 
     def reservation(self) -> int | None:
         """Return a new end of the reserved numbers, well before the present block is used up; None while it is not."""
@@ -1724,9 +1881,12 @@ class Tables:
         self._reserved = self.seq + SEQ_BLOCK
         return self._reserved
 
-    def _tell(self, draft: Draft, row: Row, before: Row | None, verb: str) -> None:
+    def _type(self, row: TableRow, verb: str) -> str:
         kind = self._KINDS[type(row)]
-        change = Change(self.seq + 1, kind if kind == "warning" else f"{kind}:{verb}", row, before, draft.at)
+        return kind if kind == "warning" else f"{kind}:{verb}"
+
+    def _tell(self, draft: Draft, change_type: str, row: Row, before: Row | None) -> None:
+        change = Change(self.seq + 1, change_type, row, before, draft.at)
         self.seq += max(1, len(run_events_of(change)))
         draft.changes.append(change)
 
@@ -1900,7 +2060,7 @@ class Snapshot(NamedTuple):
     """What the cache holds at start."""
 
     objects: Sequence[tuple[ObjectKey, Facts]] = ()
-    rows: Sequence[Row] = ()
+    rows: Sequence[TableRow] = ()
     synced: Sequence[Scope] = ()  # scopes that were listed whole at least once
     reserved_seq: int = 0  # the cache has reserved the block of numbers after this one
 
@@ -1967,6 +2127,12 @@ class Store:
         """Take in that a scope may not be read: without Jobs, Pods tell of runs provisionally."""
         draft = Draft(now)
         draft.places.update(dict.fromkeys(self._runs.set_listed(scope, False)))
+        return self._commit(draft, None)
+
+    def announce(self, change_type: str, row: ClusterRow, now: float) -> Commit:
+        """Take in what happened to a cluster's connection."""
+        draft = Draft(now)
+        self.tables.announce(draft, change_type, row)
         return self._commit(draft, None)
 
     def tick(self, now: float, retention: float) -> Commit:
@@ -2054,6 +2220,181 @@ class Store:
         reserved = self.tables.reservation()
         objects = tuple(draft.objects.items())
         return Commit(tuple(draft.changes), objects, progress, reserved, tuple(draft.malformed))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bus
+# ----------------------------------------------------------------------------------------------------------------------
+
+SnapshotRows = Callable[[Filter], Sequence[Row]]
+
+
+def format_line(message: JsonObject) -> bytes:
+    """Return a message as one line of JSON."""
+    return json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
+
+
+def event_of(change: Change) -> JsonObject:
+    """Return what subscribers are told of a change: decisions.md, "Streams"."""
+    row, before = change.row, change.previous
+    event: JsonObject = {"type": change.type, "seq": change.seq, "cluster": row.cluster}
+    if isinstance(row, Run):
+        finished, total = row.progress_finished, row.progress_total
+        event |= {
+            "runId": row.run_id,
+            "namespace": row.namespace,
+            "status": row.status,
+            "previousStatus": before.status if isinstance(before, Run) else None,
+            "phase": row.phase,
+            "currentTask": row.current_task,
+            "progress": None if finished is None else {"finished": finished, "total": total},
+            "clusterTimestamp": row.updated_at,
+        }
+    elif isinstance(row, ClusterRow):
+        event |= {"error": row.error}
+    else:
+        event |= {"namespace": row.namespace, "name": row.name}
+    return {**event, "localTimestamp": change.at, "row": row._asdict()}
+
+
+class _Published(NamedTuple):
+    """A change and its line, serialised once for all who get it."""
+
+    change: Change
+    line: bytes
+
+    def marked(self, mark: bytes) -> bytes:
+        return self.line[:-2] + b',"' + mark + b'":true}\n'
+
+
+class Subscription:
+    """What one subscriber is still to be told. It is read with `take`; one that does not read loses, the others not."""
+
+    def __init__(self, wanted: Filter, first: Sequence[bytes], snapshot: Callable[[], Iterator[bytes]]) -> None:
+        self.wanted = wanted
+        self.dropped = 0
+        self._queue = deque(first)
+        self._queued_bytes = sum(map(len, first))
+        self._snapshot = snapshot
+        self._pieces: Iterator[bytes] = iter(())
+        self._lagged = False
+
+    def put(self, line: bytes) -> None:
+        """Queue a line; past the bound, what waits gives way to one `lagged`."""
+        if self._lagged:
+            self.dropped += 1
+            return
+        self._queue.append(line)
+        self._queued_bytes += len(line)
+        if len(self._queue) > SUBSCRIBER_QUEUE_LINES or self._queued_bytes > SUBSCRIBER_QUEUE_BYTES:
+            self.dropped += len(self._queue)
+            self._lagged = True
+            self._queue.clear()
+            self._queued_bytes = 0
+
+    def take(self) -> bytes | None:
+        """Return the next line, None where there is nothing to tell at present."""
+        piece = next(self._pieces, None)
+        if piece is not None:
+            return piece
+        if self._lagged:
+            self._lagged = False
+            self._pieces = self._snapshot()
+            return format_line({"type": "lagged", "dropped": self.dropped})
+        if not self._queue:
+            return None
+        line = self._queue.popleft()
+        self._queued_bytes -= len(line)
+        return line
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits for the subscriber."""
+        return not self._queue and not self._lagged
+
+
+class Bus:
+    """Tells every subscriber what it asked for, in order, without gap or repeat."""
+
+    def __init__(self, stream: str, seq: int, rows: SnapshotRows) -> None:
+        self.stream = stream
+        self.seq = seq  # of the last change published
+        self.published = 0
+        self._rows = rows
+        self._history: deque[_Published] = deque(maxlen=HISTORY_EVENTS)
+        self._subscriptions: dict[Subscription, None] = {}  # in the order they came
+
+    def load(self, changes: Iterable[Change]) -> None:
+        """Take over the changes that the cache still holds, the oldest first."""
+        self._history.extend(_Published(change, format_line(event_of(change))) for change in changes)
+
+    def publish(self, changes: Iterable[Change]) -> list[Subscription]:
+        """Queue changes with those who asked for them; return who has something to read now."""
+        woken: dict[Subscription, None] = {}
+        for change in changes:
+            published = _Published(change, format_line(event_of(change)))
+            self._history.append(published)
+            self.seq = change.seq
+            self.published += 1
+            for subscription in self._subscriptions:
+                line = _line_for(subscription.wanted, published)
+                if line is not None:
+                    subscription.put(line)
+                    woken[subscription] = None
+        return list(woken)
+
+    def subscribe(self, wanted: Filter, history: int, reply: JsonObject) -> Subscription:
+        """Return a new subscription: `subscribed`, the last `history` events that match, then what follows."""
+        lines = [format_line({**reply, "type": "subscribed", "stream": self.stream, "seq": self.seq})]
+        matching: list[bytes] = []
+        for published in reversed(self._history):
+            if len(matching) >= history:
+                break
+            if _line_for(wanted, published) is not None:
+                matching.append(published.marked(b"history"))
+        lines += reversed(matching)
+        subscription = Subscription(wanted, lines, lambda: self._snapshot(wanted))
+        self._subscriptions[subscription] = None
+        return subscription
+
+    def unsubscribe(self, subscription: Subscription) -> None:
+        """Tell a subscriber no more."""
+        self._subscriptions.pop(subscription, None)
+
+    def idle(self) -> list[Subscription]:
+        """Tell those who have nothing to read how far the stream is; return them."""
+        quiet = [subscription for subscription in self._subscriptions if subscription.is_idle]
+        for subscription in quiet:
+            subscription.put(format_line({"type": "seq", "seq": self.seq}))
+        return quiet
+
+    def __len__(self) -> int:
+        """Return the number of subscribers."""
+        return len(self._subscriptions)
+
+    def _snapshot(self, wanted: Filter) -> Iterator[bytes]:
+        """Return the rows of this moment, in pieces that are serialised when they are asked for."""
+        rows, seq = list(self._rows(wanted)), self.seq
+
+        def pieces() -> Iterator[bytes]:
+            for start in range(0, max(1, len(rows)), SNAPSHOT_ROWS):
+                part = rows[start : start + SNAPSHOT_ROWS]
+                last = start + SNAPSHOT_ROWS >= len(rows)
+                tables = {table: [row._asdict() for row in part if type(row) is kind] for table, kind in TABLES.items()}
+                yield format_line({"type": "snapshot", "seq": seq, **tables, "last": last})
+
+        return pieces()
+
+
+def _line_for(wanted: Filter, published: _Published) -> bytes | None:
+    """Return the line for one who asked for rows: of a change whose row matches before or after it."""
+    change = published.change
+    removed = change.type.endswith(":removed")
+    if not removed and wanted.matches(change.row):
+        return published.line
+    if wanted.matches(change.previous if change.previous is not None else change.row if removed else None):
+        return published.marked(b"left")
+    return None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2192,13 +2533,7 @@ CREATE TABLE watches (
 
 MIGRATIONS: Final = (_VERSION_1,)  # the n-th brings a cache from schema version n to n + 1
 META: Final = "CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT)"
-TABLES: Final[dict[str, type[Row]]] = {
-    "runs": Run,
-    "schedules": Schedule,
-    "volumes": Volume,
-    "cluster_events": ClusterEvent,
-}
-_TABLE_OF: Final[dict[type[Row], str]] = {kind: table for table, kind in TABLES.items()}
+_TABLE_OF: Final[dict[type[TableRow], str]] = {kind: table for table, kind in TABLES.items()}
 _KEY_COLUMNS: Final = {"runs": ("run_id",)}
 _CHANGES_KEPT: Final = 100_000  # about a day of a busy cluster, some 80 MB
 
@@ -2278,7 +2613,7 @@ _FUNCTIONS: Final = frozenset(
 )
 
 
-def upsert(row: Row) -> Statement:
+def upsert(row: TableRow) -> Statement:
     """Return the statement that writes a row. An upsert, since REPLACE would delete the row and fire its references."""
     table = _TABLE_OF[type(row)]
     return _upsert_sql(table, row._fields, _KEY_COLUMNS.get(table, ("cluster", "namespace", "name"))), tuple(row)
@@ -2375,16 +2710,7 @@ def _upsert_sql(
 
 def _change_statements(change: Change) -> list[Statement]:
     row = change.row
-    table = _TABLE_OF[type(row)]
-    statements: list[Statement] = []
-    if (change.type.endswith(":removed") and not getattr(row, "deleted_at", None)) or change.type == "run:removed":
-        keys = _KEY_COLUMNS.get(table, ("cluster", "namespace", "name"))
-        where = " AND ".join(f"{name} = ?" for name in keys)
-        if table == "runs":
-            statements.append(("DELETE FROM run_events WHERE run_id = ?", row_key(row)))
-        statements.append((f"DELETE FROM {table} WHERE {where}", row_key(row)))  # noqa: S608 - names of ours
-    else:
-        statements.append(upsert(row))
+    statements = [] if isinstance(row, ClusterRow) else _row_statements(change.type, row)
     text = json.dumps(row._asdict(), ensure_ascii=False)
     statements.append(
         (
@@ -2402,6 +2728,16 @@ def _change_statements(change: Change) -> list[Statement]:
             )
         )
     return statements
+
+
+def _row_statements(change_type: str, row: TableRow) -> list[Statement]:
+    table = _TABLE_OF[type(row)]
+    if change_type == "run:removed" or (change_type.endswith(":removed") and not getattr(row, "deleted_at", None)):
+        keys = _KEY_COLUMNS.get(table, ("cluster", "namespace", "name"))
+        where = " AND ".join(f"{name} = ?" for name in keys)
+        events = [("DELETE FROM run_events WHERE run_id = ?", row_key(row))] if table == "runs" else []
+        return [*events, (f"DELETE FROM {table} WHERE {where}", row_key(row))]  # noqa: S608 - names of ours
+    return [upsert(row)]
 
 
 def _object_statement(key: ObjectKey, facts: Facts | None) -> Statement:
@@ -2487,6 +2823,82 @@ class HttpClientCodec:
             raise ProtocolError(f"the server sent content encoding {encoding!r} without being asked")
         self._inflate = zlib.decompressobj(31) if encoding == "gzip" else None
         return ResponseHead(int(response.status_code), headers)
+
+
+class HttpRequest(NamedTuple):
+    """A whole request; `query` holds each parameter's values."""
+
+    method: str
+    path: str
+    query: dict[str, list[str]]
+    body: bytes
+
+
+class HttpServerCodec:
+    """The server side of HTTP/1.1 (RFC 9112): requests in, responses out, one after the other."""
+
+    def __init__(self) -> None:
+        self._connection = h11.Connection(h11.SERVER, max_incomplete_event_size=HEADERS_MAX_BYTES)
+        self._request: h11.Request | None = None
+        self._body = b""
+
+    def receive(self, data: bytes) -> Iterator[HttpRequest]:
+        """Yield the requests that are whole; the next comes when the response is through. Raises ProtocolError."""
+        try:
+            if data or self._connection.their_state is not h11.CLOSED:
+                self._connection.receive_data(data)
+            yield from self._requests()
+        except h11.RemoteProtocolError as error:
+            raise ProtocolError(str(error)) from None
+
+    def next_requests(self) -> Iterator[HttpRequest]:
+        """Yield what came meanwhile, once a response is through. Raises ProtocolError."""
+        try:
+            if self._connection.our_state is h11.DONE and self._connection.their_state is h11.DONE:
+                self._connection.start_next_cycle()
+                yield from self._requests()
+        except h11.RemoteProtocolError as error:
+            raise ProtocolError(str(error)) from None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the connection can take another request after this response."""
+        return self._connection.our_state in (h11.IDLE, h11.DONE, h11.SEND_RESPONSE, h11.SEND_BODY)
+
+    def head(self, status: int, content_type: str) -> bytes:
+        """Return the head of a response whose body comes in chunks."""
+        headers = [("Content-Type", content_type), ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff")]
+        return self._send(h11.Response(status_code=status, headers=headers))
+
+    def chunk(self, data: bytes) -> bytes:
+        """Return a part of a response's body."""
+        return self._send(h11.Data(data=data)) if data else b""
+
+    def end(self) -> bytes:
+        """Return the end of a response."""
+        return self._send(h11.EndOfMessage())
+
+    def _send(self, event: h11.Event) -> bytes:
+        return bytes(self._connection.send(event) or b"")
+
+    def _requests(self) -> Iterator[HttpRequest]:
+        while True:
+            event = self._connection.next_event()
+            if isinstance(event, h11.Request):
+                self._request, self._body = event, b""
+            elif isinstance(event, h11.Data):
+                self._body += event.data
+                if len(self._body) > REQUEST_MAX_BYTES:
+                    raise ProtocolError(f"a request of over {REQUEST_MAX_BYTES} bytes")
+            elif isinstance(event, h11.EndOfMessage) and self._request is not None:
+                target = urllib.parse.urlsplit(self._request.target.decode("latin-1"))
+                query = urllib.parse.parse_qs(target.query, keep_blank_values=True)
+                path = urllib.parse.unquote(target.path)
+                yield HttpRequest(self._request.method.decode("latin-1"), path, query, self._body)
+            else:
+                return
+            if self._connection.our_state is h11.SEND_RESPONSE and self._connection.client_is_waiting_for_100_continue:
+                raise ProtocolError("Expect: 100-continue is not supported")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2909,6 +3321,305 @@ class WatchMachine:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Requests
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Reply(NamedTuple):
+    """An answer: an object, one list of which may be long and is written in pieces."""
+
+    body: JsonObject
+    name: str = ""  # of the list, empty where there is none
+    rows: Sequence[JsonObject] = ()
+
+
+class Later(NamedTuple):
+    """An answer that takes disk or a process, to be made off the loop."""
+
+    work: Callable[[], Reply]
+
+
+class Subscribed(NamedTuple):
+    """An answer that goes on: who is told what."""
+
+    subscription: Subscription
+
+
+Answer = Union[Reply, Later, Subscribed]
+
+
+class Knowledge(Protocol):
+    """What requests may ask of the daemon."""
+
+    def status(self) -> JsonObject:
+        """Return what `status` answers."""
+
+    def cache_path(self) -> str:
+        """Return which cache the daemon keeps."""
+
+    def rows(self, kind: type[TableRow], wanted: Filter) -> list[TableRow]:
+        """Return the rows of a table that are asked for."""
+
+    def freshness(self) -> list[Freshness]:
+        """Return how fresh each cluster's part of an answer is."""
+
+    def run_details(self, run: Run) -> JsonObject:
+        """Return a run's events, volumes and warnings; takes disk. Raises CacheError."""
+
+    def query(self, sql: str) -> JsonObject:
+        """Return `columns` and `rows` of user SQL; takes a process. Raises FabrikError."""
+
+    def logs(self, lines: int, level: str) -> list[JsonObject]:
+        """Return the last log lines of at least a level."""
+
+    def subscribe(self, wanted: Filter, history: int, reply: JsonObject) -> Subscription:
+        """Return a new subscription to changes."""
+
+    def follow_logs(self, lines: int, level: str, reply: JsonObject) -> Subscription:
+        """Return a new subscription to log lines."""
+
+    def reload(self) -> JsonObject:
+        """Read the settings of clusters again; return what that changed. Raises ConfigError."""
+
+    def shutdown(self) -> None:
+        """End the daemon in order, once this has been answered."""
+
+
+class Requests:
+    """The daemon's API: a request and what it may ask of the daemon -> an answer; the same for every framing."""
+
+    def __init__(self, knowledge: Knowledge) -> None:
+        self._knowledge = knowledge
+        self._actions: dict[str, Callable[[JsonObject], Answer]] = {
+            "status": lambda _: Reply(knowledge.status()),
+            "ping": lambda _: Reply({}),
+            "runs.list": self._runs_list,
+            "runs.show": self._runs_show,
+            "clusters.list": self._clusters_list,
+            "query": self._query,
+            "logs": self._logs,
+            "subscribe": self._subscribe,
+            "reload": lambda _: Reply(knowledge.reload()),
+            "shutdown": self._shutdown,
+        }
+
+    def answer(self, request: JsonObject) -> Answer:
+        """Return the answer to a request. Raises FabrikError."""
+        action = request.get("action")
+        if not isinstance(action, str):
+            raise UsageError("a request needs an action", 'write {"action": "status"}')
+        if request.get("cache") not in (None, self._knowledge.cache_path()):
+            raise OtherCacheError("this daemon keeps another cache", self._knowledge.cache_path())
+        handle = self._actions.get(action)
+        if handle is None:
+            raise UsageError(f"no action {clip(action)!r}", nearest(action[:64], self._actions))
+        return handle(request)
+
+    def _runs_list(self, request: JsonObject) -> Reply:
+        wanted = parse_filter(request)
+        parts = self._synced(wanted.clusters)
+        limit = _number(request, "limit", 0)
+        runs = [row for row in self._knowledge.rows(Run, wanted) if isinstance(row, Run)]
+        runs.sort(key=lambda run: (run.created_at or "", run.run_id), reverse=True)
+        rows = [run._asdict() for run in (runs[:limit] if limit else runs)]
+        return Reply({"clusters": [part._asdict() for part in parts]}, "runs", rows)
+
+    def _runs_show(self, request: JsonObject) -> Later:
+        wanted = request.get("run")
+        if not isinstance(wanted, str):
+            raise UsageError("runs.show needs a run", 'write {"action": "runs.show", "run": "..."}')
+        runs = [row for row in self._knowledge.rows(Run, Filter()) if isinstance(row, Run)]
+        run = pick_run(runs, wanted)
+        parts = [part._asdict() for part in self._synced({run.cluster})]
+
+        def work() -> Reply:
+            return Reply({"run": {**run._asdict(), **self._knowledge.run_details(run)}, "clusters": parts})
+
+        return Later(work)
+
+    def _clusters_list(self, _request: JsonObject) -> Reply:
+        status = self._knowledge.status()
+        names = ("name", "server", "priority", "connected", "error", "last_event_at")
+        return Reply({"clusters": [{name: row.get(name) for name in names} for row in status["clusters"]]})
+
+    def _query(self, request: JsonObject) -> Later:
+        sql = request.get("sql")
+        if not isinstance(sql, str):
+            raise UsageError("query needs sql", 'write {"action": "query", "sql": "SELECT ..."}')
+        parts = [part._asdict() for part in self._knowledge.freshness()]
+        return Later(lambda: Reply({**self._knowledge.query(sql), "clusters": parts}))
+
+    def _logs(self, request: JsonObject) -> Answer:
+        lines, level = _number(request, "lines", 100), request.get("level") or "debug"
+        if level not in LOG_LEVELS:
+            raise UsageError(f"no log level {level!r}", nearest(str(level), LOG_LEVELS))
+        if request.get("follow") is True:
+            return Subscribed(self._knowledge.follow_logs(lines, level, envelope(request)))
+        return Reply({}, "lines", self._knowledge.logs(lines, level))
+
+    def _subscribe(self, request: JsonObject) -> Subscribed:
+        history = min(_number(request, "includeHistory", 0), HISTORY_EVENTS)
+        return Subscribed(self._knowledge.subscribe(parse_filter(request), history, envelope(request)))
+
+    def _shutdown(self, _request: JsonObject) -> Reply:
+        self._knowledge.shutdown()
+        return Reply({})
+
+    def _synced(self, clusters: Iterable[str]) -> list[Freshness]:
+        """Return how fresh the clusters asked for are. Raises where none of them was ever synced, or one is unknown."""
+        return check_synced(self._knowledge.freshness(), clusters)
+
+
+def check_synced(parts: Sequence[Freshness], clusters: Iterable[str]) -> list[Freshness]:
+    """Return the parts of the clusters asked for (none: all). Raises where none was ever synced, or one is unknown."""
+    known = [part.cluster for part in parts]
+    for name in clusters:
+        if name not in known:
+            raise NotFoundError(f"no cluster {name!r} is known", nearest(name, known) if known else "none is")
+    asked = [part for part in parts if part.cluster in clusters] if clusters else list(parts)
+    if not any(part.synced_at for part in asked):
+        told = "; ".join(f"{part.cluster}: {part.error}" for part in asked if part.error)
+        names = ", ".join(part.cluster for part in asked) or "no cluster"
+        raise NotSyncedError(f"not yet synced: {names}", told or "wait a moment, or see 'fabrik-daemon clusters list'")
+    return asked
+
+
+def pick_run(runs: Sequence[Run], wanted: str) -> Run:
+    """Return the run that an id means: its key, or its label id where that is no other's. Raises FabrikError."""
+    found = [run for run in runs if run.run_id == wanted] or [run for run in runs if run.id == wanted]
+    if len(found) > 1:
+        raise UsageError(f"{wanted} is ambiguous", "say " + " or ".join(sorted(run.run_id for run in found)))
+    if not found:
+        raise NotFoundError(f"no run {clip(wanted)!r} is known", "see 'fabrik-daemon runs list'")
+    return found[0]
+
+
+def envelope(request: JsonObject) -> JsonObject:
+    """Return what every message that answers a request carries: its id, where it has one."""
+    return {"id": request["id"]} if "id" in request else {}
+
+
+def error_message(error: FabrikError, request: JsonObject) -> JsonObject:
+    """Return what answers a request that cannot be met."""
+    told = {"code": error.code, "message": error.message, "hint": error.hint}
+    codes = {"exit_code": error.exit_code, "http_status": error.http_status}
+    return {"type": "error", **envelope(request), **told, **codes}
+
+
+def reply_pieces(reply: Reply, request: JsonObject) -> Iterator[bytes]:
+    """Yield a reply as one line of JSON; a long list some rows at a time, since one large dump would hold the loop."""
+    head = {"type": request.get("action"), **envelope(request), **reply.body}
+    if not reply.name:
+        yield format_line(head)
+        return
+    yield format_line(head)[:-2] + b"," + json.dumps(reply.name).encode() + b":["
+    for start in range(0, len(reply.rows), SNAPSHOT_ROWS):
+        part = b",".join(format_line(row)[:-1] for row in reply.rows[start : start + SNAPSHOT_ROWS])
+        yield (b"," if start else b"") + part
+    yield b"]}\n"
+
+
+class RequestDecoder:
+    """Takes requests out of what a client sends: each ends at a newline, or where the text is a whole JSON object."""
+
+    def __init__(self) -> None:
+        self._text = ""
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._scan = json.JSONDecoder().raw_decode
+
+    def receive(self, data: bytes) -> Iterator[JsonObject | UsageError]:
+        """Yield requests, and an error for each line that is none. Raises ProtocolError for one that is too long."""
+        self._text += self._utf8.decode(data, not data)
+        tail = data.rstrip()[-1:]
+        if b"\n" not in data and data and tail != b"}":
+            self._check_length()
+            return  # nothing can have ended
+        while self._text.strip():
+            taken = self._take(last=not data)
+            if taken is None:
+                break
+            yield taken
+        self._check_length()
+
+    def _check_length(self) -> None:
+        if len(self._text) > REQUEST_MAX_BYTES:
+            self._text = ""
+            raise ProtocolError(f"a request of over {REQUEST_MAX_BYTES} bytes")
+
+    def _take(self, *, last: bool) -> JsonObject | UsageError | None:
+        text = self._text.lstrip()
+        try:
+            value, end = self._scan(text)
+        except (ValueError, RecursionError):
+            line, newline, rest = text.partition("\n")
+            if not newline and not last:
+                self._text = text
+                return None
+            self._text = rest
+            return UsageError(f"this is no JSON: {clip(line[:60])!r}", 'send one object a line: {"action": "status"}')
+        self._text = text[end:]
+        if not isinstance(value, dict):
+            return UsageError("a request is a JSON object", 'write {"action": "status"}')
+        return value
+
+
+def request_from_http(http: HttpRequest) -> JsonObject:
+    """Return the request that an HTTP request means. Raises NotFoundError, UsageError or MethodError."""
+    path = http.path[len("/daemon") :] if http.path.startswith("/daemon/") else http.path
+    action = _ROUTES.get(path.rstrip("/") or "/")
+    request: JsonObject = {"action": action}
+    if action is None and path.startswith("/v1/runs/"):
+        action, request = "runs.show", {"action": "runs.show", "run": path[len("/v1/runs/") :]}
+    if action is None:
+        raise NotFoundError(f"no route {clip(http.path)!r}", f"there are {', '.join(sorted(_ROUTES))}")
+    allowed = ("POST",) if action in ("reload", "shutdown") else ("GET", "HEAD", "POST")
+    if http.method not in allowed:
+        raise MethodError(f"{clip(http.method)} is not possible here", f"use {allowed[0]}")
+    if http.body:
+        said = parse_json_object(http.body.decode("utf-8", "replace"))
+        if said is None:
+            raise UsageError("the body is no JSON object")
+        request = {**said, **request}
+    return {**_query_parameters(http.query), **request}
+
+
+_ROUTES: Final = {
+    "/status": "status",
+    "/v1/status": "status",
+    "/v1/runs": "runs.list",
+    "/v1/clusters": "clusters.list",
+    "/v1/query": "query",
+    "/v1/logs": "logs",
+    "/v1/stream": "subscribe",
+    "/v1/reload": "reload",
+    "/v1/shutdown": "shutdown",
+}
+
+
+def _query_parameters(query: Mapping[str, list[str]]) -> JsonObject:
+    """Return a query string's parameters as a request has them: ?cluster=a&cluster=b&status=running&limit=5."""
+    said: JsonObject = {}
+    for name, values in query.items():
+        if name == "cluster":
+            said["clusters"] = values
+        elif name == "status":
+            said["filter"] = {"status": values}
+        elif name == "follow":
+            said["follow"] = values[-1] in ("", "1", "true")
+        else:
+            said[name] = int(values[-1]) if values[-1].isdigit() and len(values[-1]) < 20 else values[-1]
+    return said
+
+
+def _number(request: JsonObject, name: str, default: int) -> int:
+    value = request.get(name, default)
+    number = parse_int(value) if isinstance(value, int) else None
+    if number is None:
+        raise UsageError(f"{name} must be a whole number, 0 or more")
+    return number
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Views
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -2919,15 +3630,6 @@ class Column(NamedTuple):
     title: str
     cell: Callable[[JsonObject, float], str]
     right: bool = False
-
-
-class Freshness(NamedTuple):
-    """How old a cluster's part of an answer is."""
-
-    cluster: str
-    connected: bool
-    synced_at: str | None  # None: not yet synced
-    error: str | None = None
 
 
 # Control characters (C0, C1), line and paragraph separators, and what reverses or hides text (UAX 9).
@@ -2965,18 +3667,18 @@ def format_json(value: object) -> str:
     return _HARMFUL.sub(lambda match: match[0] if match[0] == "\n" else f"\\u{ord(match[0]):04x}", text) + "\n"
 
 
-def freshness_lines(parts: Sequence[Freshness], now: float) -> list[str]:
-    """Return what a reader must know of an answer's age, one line a cluster that is not live."""
-    lines = []
+def format_freshness(source: str, parts: Sequence[Freshness], now: float) -> str:
+    """Return where an answer comes from and how old each cluster's part of it is, in one line."""
+    told = []
     for part in parts:
-        why = f" ({safe_text(part.error)})" if part.error else ""
         if part.synced_at is None:
-            lines.append(f"{part.cluster}: not yet synced{why}")
-            continue
-        age = format_age(now - (epoch_of(part.synced_at) or now))
-        away = "" if part.connected else ", not connected"
-        lines.append(f"{part.cluster}: as of {age} ago{away}{why}")
-    return lines
+            state = "not yet synced"
+        elif part.connected:
+            state = "live"
+        else:
+            state = f"as of {age_of(part.synced_at, now)} ago, not connected"
+        told.append(f"{part.cluster} {state}" + (f" ({part.error})" if part.error else ""))
+    return f"from {source}: {'; '.join(told)}"
 
 
 def age_of(moment: object, now: float) -> str:
@@ -3083,7 +3785,75 @@ def format_run(row: JsonObject, now: float, width: int | None) -> str:
 
 def columns_for(names: Sequence[str]) -> list[Column]:
     """Return columns that show fields of any names as they are."""
-    return [Column(name.upper(), _field(name)) for name in names]
+    return [Column(name, _field(name)) for name in names]
+
+
+def format_status(status: JsonObject, now: float, width: int | None) -> str:
+    """Return how the daemon is, for a person."""
+    counts = ", ".join(f"{count} {name}" for name, count in status["runs_by_status"].items())
+    lines = [
+        f"{'version:':<12}{status['version']}, pid {status['pid']}, up {format_age(status['uptime_seconds'])}",
+        f"{'socket:':<12}{status['socket']}, {status['subscribers']} subscribers",
+        f"{'cache:':<12}{status['cache']}"
+        + (f" CANNOT BE WRITTEN: {status['cache_error']}" if status["cache_error"] else ""),
+        f"{'runs:':<12}{status['runs']}" + (f" ({counts})" if counts else ""),
+        "",
+    ]
+    text = "".join(_cut(safe_text(line), width) + "\n" for line in lines)
+    text += format_table(STATUS_COLUMNS, status["clusters"], now, width)
+    for cluster in status["clusters"]:
+        for watch in cluster["watches"]:
+            if watch["error"]:
+                where = f"{watch['resource']} in {watch['namespace'] or 'all namespaces'}"
+                line = f"{cluster['name']}: {where}: {watch['state']}: {watch['error']}"
+                text += safe_text(line) + "\n"  # whole: it is what to act on
+    return text
+
+
+def _state(cluster: JsonObject, _now: float) -> str:
+    synced = "" if cluster["synced"] else ", not yet synced"
+    away = "NOT CONNECTED" if cluster["error"] else "connecting"
+    return ("connected" if cluster["connected"] else away) + synced
+
+
+STATUS_COLUMNS: Final = (
+    Column("CLUSTER", _field("name")),
+    Column("SERVER", _field("server")),
+    Column("STATE", _state),
+    Column("LAST EVENT", _age("last_event_at")),
+    Column("ERROR", _field("error")),
+)
+
+
+def format_run_event(event: JsonObject, width: int | None) -> str:
+    """Return a change of a run as one line."""
+    row = event["row"]
+    before = f"{event['previousStatus']} -> " if event.get("previousStatus") not in (None, event["status"]) else ""
+    left = " (no longer matches)" if event.get("left") else ""
+    cells = [
+        str(event["localTimestamp"])[11:19],
+        f"{event['type'][4:]:<8}{row['run_id']}",
+        str(event["cluster"]),
+        f"{before}{event['status'] or UNKNOWN}{left}",
+        " ".join(text for text in (row["phase"], row["current_task"], _progress(row, 0), row["reason"]) if text),
+    ]
+    return _cut("  ".join(safe_text(cell) for cell in cells).rstrip(), width) + "\n"
+
+
+def format_log_line(line: JsonObject) -> str:
+    """Return a line of the daemon's log."""
+    return f"{line['time']} {str(line['level']).upper():<7} {safe_text(line['message'])}\n"
+
+
+def format_json_line(value: object) -> str:
+    """Return JSON on one line, harmless on a terminal."""
+    text = json.dumps(value, ensure_ascii=False)
+    return _HARMFUL.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n"
+
+
+def safe_lines(text: str) -> str:
+    """Return several lines that are harmless on a terminal."""
+    return "".join(f"  {safe_text(line)}\n" for line in text.splitlines())
 
 
 def _cells(text: str) -> int:
@@ -3258,6 +4028,9 @@ class StreamHandler(Protocol):
     def on_data(self, data: bytes) -> None:
         """Take in bytes; empty: the peer ended its side."""
 
+    def on_drained(self) -> None:
+        """Take in that all that was sent is on its way."""
+
     def on_error(self, error: str) -> None:
         """Take in that the connection is lost, or never came to be; the stream is closed."""
 
@@ -3342,6 +4115,22 @@ class Stream:
             lambda: self._fail(f"{endpoint.authority} did not answer within {timing.connect:g} s"),
         )
         self._reactor.run_blocking(look_up, done)
+
+    def adopt(self, sock: socket.socket) -> None:
+        """Take over a connection that a listener has accepted."""
+        self._socket = sock
+        self._open = True
+        self._watch()
+
+    @property
+    def pending_bytes(self) -> int:
+        """How much the connection has not taken yet."""
+        return len(self._output)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the connection is over."""
+        return self._closed
 
     def send(self, data: bytes) -> None:
         """Send bytes, now or when the connection takes them."""
@@ -3444,6 +4233,8 @@ class Stream:
         sock = self._socket
         if sock is not None and self._output and not self._closed:
             self._flush(sock)
+            if not self._output and not self._closed:
+                self._handler.on_drained()
         if sock is not None and not self._paused and not self._closed:
             self._read(sock)
 
@@ -3720,8 +4511,10 @@ class Resumption(NamedTuple):
     """What a start takes over from the cache."""
 
     snapshot: Snapshot
-    versions: dict[Scope, str]  # where each watch goes on
-    servers: dict[str, str]  # cluster -> what it was when it was last followed
+    versions: dict[Scope, tuple[str, str]]  # where each watch goes on, and when that was the last word
+    followed: dict[str, str]  # cluster -> what stood behind its name when it was last followed
+    stream: str
+    changes: list[Change]  # the last ones, the oldest first
 
 
 def resume_from(connection: sqlite3.Connection, log: logging.Logger) -> Resumption:
@@ -3731,7 +4524,7 @@ def resume_from(connection: sqlite3.Connection, log: logging.Logger) -> Resumpti
         connection.execute("BEGIN IMMEDIATE")
         connection.execute(*set_meta("reserved_seq", str(reserved + SEQ_BLOCK)))
         connection.execute("INSERT OR IGNORE INTO meta (key, value) VALUES ('stream', ?)", (str(uuid.uuid4()),))
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     for table, kind in TABLES.items():
         rows += (kind(*values) for values in connection.execute(f"SELECT {', '.join(kind._fields)} FROM {table}"))  # noqa: S608
     objects = []
@@ -3741,15 +4534,35 @@ def resume_from(connection: sqlite3.Connection, log: logging.Logger) -> Resumpti
         except (ValueError, KeyError) as error:
             log.warning("the cache holds facts that cannot be read, of %s: %s", "/".join(key), error)
     versions = {
-        Scope(*scope): version
-        for *scope, version in connection.execute(
-            "SELECT cluster, resource, namespace, resource_version FROM watches WHERE resource_version IS NOT NULL"
+        Scope(*scope): (version, synced_at)
+        for *scope, version, synced_at in connection.execute(
+            "SELECT cluster, resource, namespace, resource_version, synced_at FROM watches"
+            " WHERE resource_version IS NOT NULL"
         )
     }
-    servers = {
+    followed = {
         name: _meta(connection, f"followed:{name}") for (name,) in connection.execute("SELECT name FROM clusters")
     }
-    return Resumption(Snapshot(objects, rows, tuple(versions), reserved), versions, servers)
+    snapshot = Snapshot(objects, rows, tuple(versions), reserved)
+    return Resumption(snapshot, versions, followed, _meta(connection, "stream"), _last_changes(connection))
+
+
+def _last_changes(connection: sqlite3.Connection) -> list[Change]:
+    """Return the last changes, each with the row before it as far as they reach back."""
+    kinds: dict[str, type[Row]] = {"run": Run, "schedule": Schedule, "volume": Volume, "warning": ClusterEvent}
+    changes: list[Change] = []
+    before: dict[tuple[str, ...], Row] = {}
+    for seq, change_type, at, text in connection.execute(
+        "SELECT * FROM (SELECT seq, type, at, row FROM changes ORDER BY seq DESC LIMIT ?) ORDER BY seq",
+        (HISTORY_LOADED,),
+    ):
+        kind = kinds.get(change_type.partition(":")[0], ClusterRow)
+        said = parse_json_object(text) or {}
+        row = kind(**{name: value for name, value in said.items() if name in kind._fields})
+        key = (kind.__name__, *(row_key(row) if not isinstance(row, ClusterRow) else (row.name,)))
+        changes.append(Change(seq, change_type, row, before.get(key), at))
+        before[key] = row
+    return changes
 
 
 def _meta(connection: sqlite3.Connection, key: str) -> str:
@@ -3796,18 +4609,109 @@ class CacheReader:
         except sqlite3.Error as error:
             raise CacheError(f"the cache cannot be read: {error}") from None
 
-    def freshness(self, clusters: Sequence[str] = ()) -> list[Freshness]:
+    def freshness(self) -> list[Freshness]:
         """Return how old each cluster's part is: by the watch that is behind the others, forbidden ones left out."""
-        parts = []
-        for row in self.rows(
+        found = self.rows(
             "SELECT c.name, c.connected, c.error, min(coalesce(w.synced_at, '')) AS synced_at FROM clusters c"
             " LEFT JOIN watches w ON w.cluster = c.name AND coalesce(w.state, '') != 'forbidden'"
             " GROUP BY c.name ORDER BY c.priority, c.name"
-        ):
-            if not clusters or row["name"] in clusters:
-                connected = bool(row["connected"]) and self._kept_up
-                parts.append(Freshness(row["name"], connected, row["synced_at"] or None, row["error"]))
-        return parts
+        )
+        return [
+            Freshness(row["name"], bool(row["connected"]) and self._kept_up, row["synced_at"] or None, row["error"])
+            for row in found
+        ]
+
+    def run_details(self, run_id: str) -> JsonObject:
+        """Return a run's events, volumes and warnings."""
+        events = self.rows(
+            "SELECT * FROM (SELECT * FROM run_events WHERE run_id = ? ORDER BY id DESC LIMIT ?) ORDER BY id",
+            (run_id, RUN_EVENTS_SHOWN),
+        )
+        for event in events:
+            event["payload"] = parse_json_object(event["payload"])
+        volumes = self.rows("SELECT * FROM volumes WHERE run_id = ? ORDER BY namespace, name", (run_id,))
+        warnings = self.rows("SELECT * FROM cluster_events WHERE run_id = ? ORDER BY last_at", (run_id,))
+        return {"events": events, "volumes": volumes, "warnings": warnings}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cache: queries
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class QueryTimeoutError(FabrikError):
+    """User SQL took too long; its thread still runs, so the process must end at once."""
+
+    http_status = 504
+
+
+class QueryResult(NamedTuple):
+    """What user SQL answered."""
+
+    columns: list[str]
+    rows: list[Values]
+    is_cut: bool  # there were more rows than are ever shown
+
+
+def run_query(reader: CacheReader, sql: str, seconds: float) -> QueryResult:
+    """Run user SQL within limits of time, memory and rows. Raises FabrikError.
+
+    It runs in a thread that nothing but the process's end can stop: a slow LIKE heeds neither interrupt nor progress
+    handler. So this may only be called in a process that ends afterwards.
+    """
+    connection = reader.connection
+    connection.execute("SELECT * FROM json_each('[]')").fetchall()  # fails under the authorizer unless touched before
+    connection.execute("PRAGMA query_only = 1")
+    connection.set_authorizer(lambda action, first, second, *_: authorize(action, first, second))
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, (QUERY_MEMORY_BYTES, QUERY_MEMORY_BYTES))
+        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 2, int(seconds) + 2))
+    result: list[QueryResult | Exception] = []
+
+    def work() -> None:
+        try:
+            cursor = connection.execute(sql)
+            rows = cursor.fetchmany(QUERY_ROWS + 1)
+            names = [column[0] for column in cursor.description or ()]
+            result.append(QueryResult(names, rows[:QUERY_ROWS], len(rows) > QUERY_ROWS))
+        except (sqlite3.Error, sqlite3.Warning, MemoryError, ValueError) as error:
+            result.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not result:
+        raise QueryTimeoutError(f"the query was ended after {seconds:g} s", "make it smaller, or raise timing.query")
+    return _checked(result[0])
+
+
+def _checked(result: QueryResult | Exception) -> QueryResult:
+    if isinstance(result, QueryResult):
+        if not result.columns:
+            raise UsageError("SQL: there is no statement in it", 'write for example "SELECT * FROM runs"')
+        return result
+    words = str(result)
+    if isinstance(result, MemoryError) or "out of memory" in words or "too big" in words:
+        raise FabrikError("the query needs too much memory", "make it smaller")
+    denied = any(word in words for word in ("not authorized", "prohibited", "readonly"))
+    raise UsageError(f"SQL: {words}", "only SELECT is possible here" if denied else "see 'fabrik-daemon query --help'")
+
+
+def query_helper(cache: str, seconds: str, out: TextIO) -> int:
+    """Be the helper process of the daemon's `query`: SQL on stdin, JSON on stdout."""
+    try:
+        result = run_query(CacheReader(cache), sys.stdin.read(), float(seconds))
+        rows = [[shown_value(value) for value in row] for row in result.rows]
+        answer: JsonObject = {"columns": result.columns, "rows": rows, "is_cut": result.is_cut}
+    except FabrikError as error:
+        answer = {"error": error_message(error, {})}
+    out.write(json.dumps(answer))
+    return 0
+
+
+def shown_value(value: Any) -> Any:
+    """Return a value of SQLite's as JSON has it: a blob in hexadecimal."""
+    return value.hex() if isinstance(value, bytes) else value
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3873,6 +4777,28 @@ def resolve_connection(spec: ClusterSpec, timeout: float) -> Connection:
     if resolved is None:
         raise ConfigError(f"{spec.kubeconfig}: its credentials cannot be resolved")
     return connection_from(resolved)
+
+
+def query_in_process(settings: Settings, sql: str) -> JsonObject:
+    """Run user SQL in a helper process. Raises QueryTimeoutError, or RemoteError with its words."""
+    seconds = settings.timing.query
+    try:
+        done = subprocess.run(
+            own_command("_query", settings.cache, str(seconds)),
+            input=sql.encode("utf-8", "replace"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=seconds + CLIENT_TIMEOUT_S / 2,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise QueryTimeoutError(f"the query was ended after {seconds:g} s", "make it smaller") from None
+    answer = parse_json(done.stdout.decode("utf-8", "replace"))
+    if answer is None:
+        raise FabrikError("the query needs too much memory or time", "make it smaller")
+    if "error" in answer:
+        raise RemoteError(answer["error"])
+    return answer
 
 
 def credentials_helper(path: str, context: str, out: TextIO) -> int:
@@ -3998,7 +4924,9 @@ class WatchSink(Protocol):
 class Watcher:
     """Drives one Watch machine over one connection at a time."""
 
-    def __init__(self, cluster: Cluster, scope: Scope, machine: WatchMachine, *, once: bool) -> None:
+    def __init__(
+        self, cluster: Cluster, scope: Scope, machine: WatchMachine, synced_at: str | None, *, once: bool
+    ) -> None:
         self._cluster = cluster
         self._reactor = cluster.reactor
         self._sink = cluster.sink
@@ -4016,7 +4944,8 @@ class Watcher:
         self._items: list[Facts] = []
         self.scope = scope
         self.told = Told(CONNECTING, "", None)
-        self.synced = False  # in this process
+        self.synced = False  # listed whole by this process
+        self.synced_at = synced_at  # when its part was the last word, None where it never was
 
     def start(self) -> None:
         """Begin, or begin again with new credentials."""
@@ -4040,6 +4969,9 @@ class Watcher:
         if self._codec is not None:
             self._work = self._process(self._codec, data)
             self._pump()
+
+    def on_drained(self) -> None:
+        """Do nothing: a request is small."""
 
     def on_error(self, error: str) -> None:
         """Take in that the connection is lost."""
@@ -4083,7 +5015,6 @@ class Watcher:
 
     def _on_head(self, head: ResponseHead) -> None:
         self._head = head
-        self._cluster.on_response(head)
         if head.status == 200 and self._is_watch:
             self._do(self._machine.on_watch_open(self._reactor.now()))
 
@@ -4120,6 +5051,8 @@ class Watcher:
 
     def _do(self, actions: Sequence[Action]) -> None:
         for action in actions:
+            if isinstance(action, (Apply, Advance, Swap)):
+                self.synced_at = format_time(time.time(), milliseconds=True)
             if isinstance(action, Apply):
                 self._sink.on_event(self.scope, action.event)
             elif isinstance(action, Advance):
@@ -4200,6 +5133,7 @@ class Cluster:
         self.sink = sink
         self.error: FabrikError | None = None  # why there is no connection to try at all
         self.server: str | None = None
+        self.last_event_at: str | None = None
         self.base_path = ""
         self.watchers: list[Watcher] = []
         self._credentials = credentials
@@ -4210,15 +5144,16 @@ class Cluster:
         self._resolving = False
         self._stopped = False
 
-    def start(self, versions: Mapping[Scope, str], *, once: bool) -> None:
+    def start(self, versions: Mapping[Scope, tuple[str, str]], *, once: bool) -> None:
         """Begin to follow the cluster, each watch from the version it was left at."""
         for namespace in self.spec.namespaces:
             for kind in RESOURCES:
                 scope = Scope(self.spec.name, kind.name, namespace)
                 selector = self.spec.label_selector if kind is not EVENTS else None
-                version = None if once else versions.get(scope)
-                machine = WatchMachine(kind.path(namespace), selector, self._timing, random.random, version)
-                self.watchers.append(Watcher(self, scope, machine, once=once))
+                version, synced_at = versions.get(scope, (None, None))
+                resumed = None if once else version
+                machine = WatchMachine(kind.path(namespace), selector, self._timing, random.random, resumed)
+                self.watchers.append(Watcher(self, scope, machine, synced_at, once=once))
         self.renew()
 
     def stop(self) -> None:
@@ -4234,6 +5169,17 @@ class Cluster:
         """Whether every watch that is allowed follows its changes."""
         states = {watcher.told.state for watcher in self.watchers}
         return WATCHING in states and states <= {WATCHING, FORBIDDEN}
+
+    @property
+    def synced_at(self) -> str | None:
+        """When the cluster's part was the last word, by the watch furthest behind; None before all are listed."""
+        times = [watcher.synced_at for watcher in self.watchers if watcher.told.state != FORBIDDEN]
+        return min((moment or "" for moment in times), default="") or None
+
+    @property
+    def is_synced(self) -> bool:
+        """Whether every watch that is allowed was listed whole, now or before a restart."""
+        return self.synced_at is not None
 
     @property
     def is_settled(self) -> bool:
@@ -4269,9 +5215,6 @@ class Cluster:
         stream.connect(endpoint, self._context, connection.tls_server_name, self._timing)
         return stream, HttpClientCodec(endpoint.authority, headers)
 
-    def on_response(self, head: ResponseHead) -> None:
-        """Take in the head of any response."""
-
     def on_watch_state(self) -> None:
         """Take in that one of the watches is in another state."""
         self.sink.on_cluster_state(self.spec.name)
@@ -4302,91 +5245,461 @@ class Cluster:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Server
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class _Outbox:
+    """What is still to be sent on a connection: answers in pieces, then what subscriptions have to tell."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._answers: deque[Iterator[bytes]] = deque()
+        self.subscriptions: list[Subscription] = []
+
+    def put(self, answer: Iterable[bytes]) -> None:
+        """Send an answer after those before it."""
+        self._answers.append(iter(answer))
+
+    def pump(self, wrap: Callable[[bytes], bytes]) -> bool:
+        """Send until the client must read first; return whether nothing is left."""
+        while self._stream.pending_bytes < OUTPUT_HIGH_BYTES:
+            piece = self._next()
+            if piece is None:
+                return True
+            self._stream.send(wrap(piece))
+        return False
+
+    def _next(self) -> bytes | None:
+        while self._answers:
+            piece = next(self._answers[0], None)
+            if piece is not None:
+                return piece
+            self._answers.popleft()
+        for subscription in self.subscriptions:
+            piece = subscription.take()
+            if piece is not None:
+                return piece
+        return None
+
+
+class ServerConnection:
+    """One client: JSON lines or HTTP, told apart by the first byte."""
+
+    def __init__(self, server: Server, sock: socket.socket) -> None:
+        self._server = server
+        self._stream = Stream(server.reactor, self)
+        self._outbox = _Outbox(self._stream)
+        self._lines: RequestDecoder | None = None
+        self._http: HttpServerCodec | None = None
+        self._responding = False  # over HTTP: a response is on its way
+        self._waiting = 0  # answers that are being made
+        self._ended = False  # the client sends no more
+        self._stream.adopt(sock)
+
+    def on_open(self) -> None:
+        """Do nothing: the client speaks first."""
+
+    def on_data(self, data: bytes) -> None:
+        """Take in what the client sent; empty: it sends no more, but may still read."""
+        self._ended = self._ended or not data
+        try:
+            if self._lines is None and self._http is None and data:
+                if data[:1].isalpha():
+                    self._http = HttpServerCodec()
+                else:
+                    self._lines = RequestDecoder()
+            if self._http is not None:
+                for http in self._http.receive(data):
+                    self._on_http(http)
+            elif self._lines is not None:
+                for request in self._lines.receive(data):
+                    self._on_request(request)
+        except ProtocolError as error:
+            self._refuse(error)
+        self.pump()
+
+    def on_drained(self) -> None:
+        """Take in that the client has room again."""
+        self.pump()
+
+    def on_error(self, error: str) -> None:
+        """Take in that the client is gone."""
+        del error
+        self._server.forget(self)
+
+    def close(self) -> None:
+        """Close, whatever is still to be sent."""
+        self._stream.close()
+        self._server.forget(self)
+
+    def pump(self) -> None:
+        """Send what there is to send; a client that has ended and has everything is done with."""
+        wrap = self._http.chunk if self._http is not None else bytes
+        if self._stream.is_closed or not self._outbox.pump(wrap):
+            return
+        if self._responding and not self._waiting and not self._outbox.subscriptions and self._http is not None:
+            self._responding = False
+            self._stream.send(self._http.end())
+            try:
+                for http in self._http.next_requests():
+                    self._on_http(http)
+            except ProtocolError as error:
+                self._refuse(error)
+            if self._responding:
+                self.pump()
+                return
+            self._ended = self._ended or not self._http.is_open
+        done = self._ended and not self._waiting and not self._outbox.subscriptions
+        if done and not self._stream.pending_bytes:
+            self.close()
+
+    @property
+    def subscriptions(self) -> Sequence[Subscription]:
+        """What the client is told."""
+        return self._outbox.subscriptions
+
+    def _on_request(self, request: JsonObject | UsageError) -> None:
+        if isinstance(request, UsageError):
+            self._outbox.put([format_line(error_message(request, {}))])
+            return
+        try:
+            answer = self._server.requests.answer(request)
+        except FabrikError as error:
+            self._outbox.put([format_line(error_message(error, request))])
+            return
+        self._send(answer, request)
+
+    def _on_http(self, http: HttpRequest) -> None:
+        codec = self._http
+        if codec is None:
+            return
+        self._responding = True
+        try:
+            request = request_from_http(http)
+            answer = self._server.requests.answer(request)
+        except FabrikError as error:
+            self._stream.send(codec.head(error.http_status, "application/json"))
+            self._outbox.put([format_line(error_message(error, {}))])
+            return
+        if isinstance(answer, Later):
+            self._later(answer, request, lambda status: self._stream.send(codec.head(status, "application/json")))
+            return
+        kind = "application/x-ndjson" if isinstance(answer, Subscribed) else "application/json"
+        self._stream.send(codec.head(200, kind))
+        self._send(answer, request)
+
+    def _send(self, answer: Answer, request: JsonObject) -> None:
+        if isinstance(answer, Reply):
+            self._outbox.put(reply_pieces(answer, request))
+        elif isinstance(answer, Subscribed):
+            self._outbox.subscriptions.append(answer.subscription)
+            self._server.listen(answer.subscription, self)
+        else:
+            self._later(answer, request, lambda status: None)
+
+    def _later(self, later: Later, request: JsonObject, begin: Callable[[int], None]) -> None:
+        self._waiting += 1
+
+        def done(reply: Any, error: BaseException | None) -> None:
+            self._waiting -= 1
+            if self._stream.is_closed:
+                return
+            if error is None:
+                begin(200)
+                self._outbox.put(reply_pieces(reply, request))
+            else:
+                told = error if isinstance(error, FabrikError) else FabrikError(f"a defect: {error}")
+                begin(told.http_status)
+                self._outbox.put([format_line(error_message(told, request))])
+            self.pump()
+
+        self._server.reactor.run_blocking(later.work, done)
+
+    def _refuse(self, error: ProtocolError) -> None:
+        """Tell a client that does not keep to the protocol, once, and close when it has read that."""
+        told = format_line(error_message(UsageError(error.message), {}))
+        if self._http is None:
+            self._outbox.put([told])
+        elif not self._responding:
+            head = "HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nConnection: close\r\n"
+            self._stream.send(f"{head}Content-Length: {len(told)}\r\n\r\n".encode() + told)
+            self._http = None
+        self._ended = True
+        self._stream.pause()
+
+
+class Server:
+    """The listener on the Unix socket, and its connections."""
+
+    def __init__(self, reactor: Reactor, requests: Requests, unsubscribe: Callable[[Subscription], None]) -> None:
+        self.reactor = reactor
+        self.requests = requests
+        self._unsubscribe = unsubscribe
+        self._listener: socket.socket | None = None
+        self._path = ""
+        self._inode = (0, 0)
+        self._connections: dict[ServerConnection, None] = {}
+        self._listeners: dict[Subscription, ServerConnection] = {}
+
+    def open(self, path: str) -> None:
+        """Listen at a path, in place of a stale socket. Raises SocketError."""
+        self._listener = bind_private(path)
+        self._path = path
+        found = os.stat(path)
+        self._inode = found.st_dev, found.st_ino
+        self.reactor.register(self._listener, selectors.EVENT_READ, self._on_ready)
+
+    def keep(self) -> None:
+        """Make the socket again where its file has vanished or is another's now. Raises SocketError."""
+        with contextlib.suppress(OSError):
+            found = os.stat(self._path)
+            if (found.st_dev, found.st_ino) == self._inode:
+                return
+        self._close_listener()
+        self.open(self._path)
+
+    def close(self) -> None:
+        """Close the listener and every connection."""
+        with contextlib.suppress(OSError):
+            found = os.stat(self._path)
+            if (found.st_dev, found.st_ino) == self._inode:
+                os.unlink(self._path)
+        self._close_listener()
+        for connection in list(self._connections):
+            connection.close()
+
+    def wake(self, subscriptions: Iterable[Subscription]) -> None:
+        """Send what subscriptions have to tell."""
+        for connection in {self._listeners[one]: None for one in subscriptions if one in self._listeners}:
+            connection.pump()
+
+    def listen(self, subscription: Subscription, connection: ServerConnection) -> None:
+        """Note whose a subscription is."""
+        self._listeners[subscription] = connection
+
+    def forget(self, connection: ServerConnection) -> None:
+        """Let go of a connection that is closed."""
+        self._connections.pop(connection, None)
+        for subscription in connection.subscriptions:
+            self._listeners.pop(subscription, None)
+            self._unsubscribe(subscription)
+
+    def _on_ready(self, _events: int) -> None:
+        for _ in range(ACCEPTS_PER_TURN):
+            try:
+                sock, _address = self._listener.accept() if self._listener is not None else (None, None)
+            except OSError:  # nobody waits any more, or no descriptor is left: the next turn tries again
+                return
+            if sock is None:
+                return
+            if len(self._connections) >= CONNECTIONS_MAX or peer_uid(sock) not in (os.geteuid(), 0):
+                sock.close()
+                continue
+            sock.setblocking(False)
+            self._connections[ServerConnection(self, sock)] = None
+
+    def _close_listener(self) -> None:
+        if self._listener is not None:
+            self.reactor.unregister(self._listener)
+            self._listener.close()
+            self._listener = None
+
+
+def socket_candidates(settings: Settings) -> list[str]:
+    """Return where the daemon's socket may be, in this order; daemon and commands choose alike."""
+    if settings.socket is not None:
+        return [settings.socket]
+    beside = os.path.join(os.path.dirname(os.path.abspath(settings.cache)), "daemon.sock")
+    return [DEFAULT_SOCKET, f"{DEFAULT_SOCKET[:-5]}-{os.geteuid()}.sock", beside]
+
+
+def choose_socket(settings: Settings) -> str:
+    """Return the first place for the socket that no other user holds. Raises SocketError."""
+    for path in socket_candidates(settings):
+        try:
+            found = os.lstat(path)
+        except OSError:
+            return path
+        if found.st_uid == os.geteuid():
+            return path
+    raise SocketError(f"{path}: another user holds this path", "choose another with --socket")
+
+
+def check_socket_path(path: str) -> None:
+    """Refuse a place where others could put a socket of theirs in place of ours. Raises SocketError."""
+    if len(os.fsencode(path)) + len(_PRIVATE_SUFFIX) > SOCKET_PATH_BYTES:
+        raise SocketError(
+            f"{path}: longer than the {SOCKET_PATH_BYTES} bytes of a socket's path", "choose a shorter one"
+        )
+    folder = os.path.realpath(os.path.dirname(os.path.abspath(path)))
+    while True:
+        try:
+            found = os.stat(folder)
+        except OSError as error:
+            raise SocketError(
+                f"{folder}: {error.strerror}", "make the folder, or choose another with --socket"
+            ) from None
+        if found.st_uid not in (0, os.geteuid()):
+            raise SocketError(f"{folder} belongs to another user", "choose another place with --socket")
+        if found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
+            raise SocketError(f"others may write in {folder}", f"chmod go-w {folder}, or choose another with --socket")
+        if folder == os.path.dirname(folder):
+            return
+        folder = os.path.dirname(folder)
+
+
+def bind_private(path: str) -> socket.socket:
+    """Return a listener for us alone: bound in a private folder, then renamed into place. Raises SocketError."""
+    check_socket_path(path)
+    _check_not_taken(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    folder = ""
+    try:
+        folder = tempfile.mkdtemp(prefix=".f", dir=os.path.dirname(os.path.abspath(path)))  # 0700
+        listener.bind(f"{folder}/s")
+        os.chmod(f"{folder}/s", 0o600)
+        listener.listen(LISTEN_BACKLOG)
+        listener.setblocking(False)
+        os.rename(f"{folder}/s", path)
+    except OSError as error:
+        listener.close()
+        raise SocketError(f"{path}: {error.strerror or error}", "choose another with --socket") from None
+    finally:
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+    return listener
+
+
+def _check_not_taken(path: str) -> None:
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return
+    if not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.geteuid():
+        raise SocketError(f"{path} is not a socket of ours", "remove it, or choose another with --socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            return  # stale: nobody listens
+        except OSError:
+            pass
+    raise SocketError(f"another daemon answers at {path}", "stop it, or choose another with --socket")
+
+
+def peer_uid(sock: socket.socket) -> int:
+    """Return the user at the other end of a Unix socket: SO_PEERCRED on Linux, LOCAL_PEERCRED on macOS."""
+    if hasattr(socket, "SO_PEERCRED"):
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        return int(struct.unpack("3i", credentials)[1])
+    return int(struct.unpack_from("II", sock.getsockopt(0, 1, 76))[1])  # SOL_LOCAL, LOCAL_PEERCRED: struct xucred
+
+
+_PRIVATE_SUFFIX: Final = "/.f12345678/s"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Daemon
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class Daemon:
-    """The composition root: follows the clusters, keeps the store and the cache, and ends in order."""
+class LogRing:
+    """The last log lines, in memory, for `logs`; as a queue it is what logging's QueueHandler writes to."""
 
-    def __init__(self, settings: Settings, clusters: Sequence[ClusterSpec], log: logging.Logger) -> None:
-        self._settings = settings
-        self._timing = settings.timing
-        self._log = log
-        self._lock = SingleInstance(settings.cache)
-        self._lock.acquire()
-        connection = open_cache(settings.cache, log)
-        self._resumption = resume_from(connection, log)
-        self._cache = CacheThread(connection, settings.timing, log)
-        self._store = Store(zone_of)
-        self._store.load(self._resumption.snapshot)
-        self._reactor = Reactor(log)
-        credentials = Credentials(self._reactor, settings.timing)
-        self.clusters = {
-            spec.name: Cluster(spec, self._reactor, credentials, self, settings.timing)
-            for spec in clusters
-            if spec.enabled
+    def __init__(self) -> None:
+        self._lines: deque[JsonObject] = deque(maxlen=LOG_RING_LINES)
+        self._followers: dict[Subscription, int] = {}
+        self.wake: Callable[[Iterable[Subscription]], None] = lambda subscriptions: None
+
+    def put_nowait(self, record: logging.LogRecord) -> None:
+        """Keep a record, from whichever thread."""
+        line = {
+            "time": format_time(record.created, milliseconds=True),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
         }
-        self._cluster_rows: dict[str, JsonObject] = {}
-        self._once = False
-        self._failure: FabrikError | None = None
+        self._lines.append(line)
+        told = [one for one, level in list(self._followers.items()) if record.levelno >= level]
+        for subscription in told:
+            subscription.put(format_line({"type": "log", **line}))
+        if told:
+            self.wake(told)
 
-    def run(self, *, once: bool = False) -> None:
-        """Follow the clusters until a signal; `once`: list each once. Raises ConfigError where none can be used."""
-        self._once = once
-        self._cache.start()
-        self._take_signals()
-        for name in self._resumption.servers:
-            if name not in self.clusters:
-                self._cache.put([cluster_statement(name, {"connected": 0, "error": "not configured"})])
-        for cluster in self.clusters.values():
-            self._write_cluster(cluster)
-            cluster.start(self._versions(cluster.spec), once=once)
-            self._log.info(
-                "%s: following %s", cluster.spec.name, ", ".join(cluster.spec.namespaces) or "all namespaces"
-            )
-        self._reactor.call_later(self._timing.housekeeping, self._keep_house)
-        if once:
-            self._reactor.call_later(self._timing.sync, self._reactor.stop)
-        try:
-            self._reactor.run()
-        finally:
-            self._stop()
-        if self._failure is not None:
-            raise self._failure
+    def last(self, count: int, level: str) -> list[JsonObject]:
+        """Return the last lines of at least a level, the oldest first."""
+        wanted = LOG_LEVELS[LOG_LEVELS.index(level) :]
+        lines = [line for line in list(self._lines) if line["level"] in wanted]
+        return lines[-count:] if count else []
 
-    def stop(self) -> None:
-        """End the run."""
-        self._reactor.stop()
+    def follow(self, count: int, level: str, reply: JsonObject) -> Subscription:
+        """Return a subscription to the last lines and those to come."""
+        first = [{"type": "subscribed", **reply}, *({"type": "log", **line} for line in self.last(count, level))]
+        subscription = Subscription(Filter(), [format_line(line) for line in first], lambda: iter(()))
+        self._followers[subscription] = int(getattr(logging, level.upper()))
+        return subscription
+
+    def unfollow(self, subscription: Subscription) -> None:
+        """Tell a follower no more."""
+        self._followers.pop(subscription, None)
+
+
+def make_log(level: str, errors: TextIO, ring: LogRing) -> logging.Logger:
+    """Return the daemon's log, which goes to stderr and to the ring; no file is ever written."""
+    log = logging.getLogger("fabrik-daemon")
+    handler = logging.StreamHandler(errors)
+    formatter = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+    formatter.converter = time.gmtime
+    handler.setFormatter(formatter)
+    log.handlers[:] = [handler, logging.handlers.QueueHandler(ring)]  # type: ignore[arg-type]  # all it needs is put_nowait
+    log.setLevel(level.upper())
+    log.propagate = False
+    return log
+
+
+class Follower:
+    """Takes what the clusters' watches tell into store, cache and bus."""
+
+    def __init__(self, store: Store, cache: CacheThread, bus: Bus, log: logging.Logger) -> None:
+        self._store = store
+        self._cache = cache
+        self._bus = bus
+        self._log = log
+        self._rows: dict[str, ClusterRow] = {}
+        self._synced: set[str] = set()
+        self.clusters: dict[str, Cluster] = {}
+        self.on_news: Callable[[list[Subscription]], None] = lambda subscriptions: None
+        self.on_settled: Callable[[Cluster], None] = lambda cluster: None
 
     def on_event(self, scope: Scope, event: WatchEvent) -> None:
-        """Take an object's event into the store; its kind is ADDED, MODIFIED or DELETED."""
+        """Take an object's event into the store; its type is ADDED, MODIFIED or DELETED."""
         now = time.time()
         metadata = object_at(event.object, "metadata")
         name = text_at(metadata, "namespace") or "", text_at(metadata, "name") or ""
         facts = facts_from(scope.resource, event.object)
-        progress = self._progress(scope, event.resource_version, now)
+        progress = progress_of(scope, event.resource_version, now)
         take = self._store.remove if event.type == "DELETED" else self._store.observe
         commit = take(progress, name, facts, now)
-        self._take(commit, cluster_statement(scope.cluster, {"last_event_at": progress.at}))
+        self.clusters[scope.cluster].last_event_at = progress.at
+        self.take(commit, cluster_statement(scope.cluster, {"last_event_at": progress.at}))
 
     def on_list(self, scope: Scope, resource_version: str, items: list[Facts]) -> None:
         """Take a whole list into the store."""
         now = time.time()
-        commit = self._store.replace(self._progress(scope, resource_version, now), items, now)
-        self._take(commit)
+        self.take(self._store.replace(progress_of(scope, resource_version, now), items, now))
         self._log.info("%s: listed %d %s", scope.cluster, len(items), scope.resource)
 
     def on_bookmark(self, scope: Scope, resource_version: str) -> None:
         """Note that nothing else happened up to a version."""
         now = time.time()
-        self._take(self._store.advance(self._progress(scope, resource_version, now), now))
+        self.take(self._store.advance(progress_of(scope, resource_version, now), now))
 
     def on_watch_state(self, scope: Scope, told: Told) -> None:
         """Note a watch's state, and log what a person should know of it."""
         self._cache.put([watch_statement(scope, {"state": told.state, "error": told.error or None})])
         if told.state == FORBIDDEN:
-            self._take(self._store.forbid(scope, time.time()))
+            self.take(self._store.forbid(scope, time.time()))
         level = logging.WARNING if told.error else logging.DEBUG
         where = f"{scope.resource} in {scope.namespace or 'all namespaces'}"
         self._log.log(level, "%s: %s: %s%s", scope.cluster, where, told.state, f": {told.error}" if told.error else "")
@@ -4394,66 +5707,299 @@ class Daemon:
     def on_cluster_state(self, name: str) -> None:
         """Note whether a cluster is connected, and why not."""
         cluster = self.clusters[name]
-        self._write_cluster(cluster)
-        if self._once and all(each.is_settled for each in self.clusters.values()):
-            self._reactor.call_soon(self._reactor.stop)
-        elif cluster.error is not None:
+        if cluster.error is not None and (name not in self._rows or self._rows[name].error != cluster.trouble):
             self._log.error("%s: %s", name, cluster.error)
-            if all(isinstance(each.error, ConfigError) for each in self.clusters.values()):
-                self._failure = cluster.error
-                self._reactor.stop()
+        self.write_cluster(cluster)
+        self.on_settled(cluster)
 
-    def _take(self, commit: Commit, *also: Statement) -> None:
+    def write_cluster(self, cluster: Cluster) -> None:
+        """Write a cluster's row where it says something new; tell subscribers of its connection."""
+        spec, now = cluster.spec, time.time()
+        row = ClusterRow(spec.name, cluster.server, spec.priority, int(cluster.is_connected), None, cluster.trouble)
+        before = self._rows.get(spec.name)
+        if row == before:
+            return
+        self._rows[spec.name] = row
+        columns = {name: value for name, value in row._asdict().items() if value is not None or name == "error"}
+        self._cache.put([cluster_statement(spec.name, columns)])
+        if row.connected != (before.connected if before else 0):
+            verb = "connected" if row.connected else "disconnected"
+            self.take(self._store.announce(f"cluster:{verb}", row, now))
+        if cluster.is_synced and spec.name not in self._synced:
+            self._synced.add(spec.name)
+            self.take(self._store.announce("cluster:synced", row, now))
+
+    def forget_cluster(self, name: str) -> None:
+        """Note that a cluster is followed no more; its rows stay."""
+        self._rows.pop(name, None)
+        self._synced.discard(name)
+        self._cache.put([cluster_statement(name, {"connected": 0, "error": "not configured"})])
+
+    def take(self, commit: Commit, *also: Statement) -> None:
+        """Write a commit and tell subscribers of it."""
         for run_id, keys in commit.malformed:
             self._log.warning("run %s reports values that do not parse: %s", run_id, ", ".join(keys))
         self._cache.put([*commit_statements(commit), *also])
+        if commit.changes:
+            self.on_news(self._bus.publish(commit.changes))
+
+
+def progress_of(scope: Scope, resource_version: str, now: float) -> Progress:
+    """Return how far a scope is followed now."""
+    return Progress(scope, resource_version, format_time(now, milliseconds=True))
+
+
+class DaemonKnowledge:
+    """What requests may ask of the daemon."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+
+    def status(self) -> JsonObject:
+        """Return what `status` answers."""
+        daemon = self._daemon
+        runs = [row.status or UNKNOWN for row in daemon.store.tables.rows(Run) if isinstance(row, Run)]
+        return {
+            "version": __version__,
+            "protocol": PROTOCOL,
+            "pid": os.getpid(),
+            "uptime_seconds": round(time.monotonic() - daemon.started_at, 3),
+            "socket": daemon.socket_path,
+            "cache": os.path.abspath(daemon.settings.cache),
+            "cache_error": daemon.cache.error,
+            "runs": len(runs),
+            "runs_by_status": {status: runs.count(status) for status in (*STATUSES, UNKNOWN) if status in runs},
+            "subscribers": len(daemon.bus),
+            "clusters": [self._cluster(cluster) for cluster in daemon.clusters_in_order()],
+        }
+
+    def rows(self, kind: type[TableRow], wanted: Filter) -> list[TableRow]:
+        """Return the rows of a table that are asked for."""
+        return [row for row in self._daemon.store.tables.rows(kind) if wanted.matches(row)]
+
+    def freshness(self) -> list[Freshness]:
+        """Return how fresh each cluster's part of an answer is."""
+        return [
+            Freshness(cluster.spec.name, cluster.is_connected, cluster.synced_at, cluster.trouble)
+            for cluster in self._daemon.clusters_in_order()
+        ]
+
+    def run_details(self, run: Run) -> JsonObject:
+        """Return a run's events, volumes and warnings; takes disk. Raises CacheError."""
+        return CacheReader(self._daemon.settings.cache).run_details(run.run_id)
+
+    def query(self, sql: str) -> JsonObject:
+        """Return `columns` and `rows` of user SQL; takes a process. Raises FabrikError."""
+        return query_in_process(self._daemon.settings, sql)
+
+    def logs(self, lines: int, level: str) -> list[JsonObject]:
+        """Return the last log lines of at least a level."""
+        return self._daemon.ring.last(lines, level)
+
+    def subscribe(self, wanted: Filter, history: int, reply: JsonObject) -> Subscription:
+        """Return a new subscription to changes."""
+        return self._daemon.bus.subscribe(wanted, history, reply)
+
+    def follow_logs(self, lines: int, level: str, reply: JsonObject) -> Subscription:
+        """Return a new subscription to log lines."""
+        return self._daemon.ring.follow(lines, level, reply)
+
+    def reload(self) -> JsonObject:
+        """Read the settings of clusters again; return what that changed. Raises ConfigError."""
+        return self._daemon.reload()
+
+    def shutdown(self) -> None:
+        """End the daemon in order, once this has been answered."""
+        self._daemon.stop_soon()
+
+    def cache_path(self) -> str:
+        """Return which cache the daemon keeps."""
+        return os.path.abspath(self._daemon.settings.cache)
 
     @staticmethod
-    def _progress(scope: Scope, resource_version: str, now: float) -> Progress:
-        return Progress(scope, resource_version, format_time(now, milliseconds=True))
-
-    def _versions(self, spec: ClusterSpec) -> dict[Scope, str]:
-        """Return where a cluster's watches go on; nowhere where another cluster or selector stands behind its name."""
-        followed = json.dumps([spec.kubeconfig, spec.context, spec.label_selector])
-        if self._resumption.servers.get(spec.name, followed) != followed:
-            return {}
-        self._cache.put([set_meta(f"followed:{spec.name}", followed)])
-        return self._resumption.versions
-
-    def _write_cluster(self, cluster: Cluster) -> None:
-        row = {
+    def _cluster(cluster: Cluster) -> JsonObject:
+        watches = [
+            {
+                "resource": watcher.scope.resource,
+                "namespace": watcher.scope.namespace,
+                "state": watcher.told.state,
+                "error": watcher.told.error or None,
+                "synced_at": watcher.synced_at,
+            }
+            for watcher in cluster.watchers
+        ]
+        return {
+            "name": cluster.spec.name,
             "server": cluster.server,
             "priority": cluster.spec.priority,
-            "connected": int(cluster.is_connected),
+            "connected": cluster.is_connected,
+            "synced": cluster.is_synced,
+            "last_event_at": cluster.last_event_at,
             "error": cluster.trouble,
+            "watches": watches,
         }
-        row = {key: value for key, value in row.items() if key != "server" or value}
-        if self._cluster_rows.get(cluster.spec.name) != row:
-            self._cluster_rows[cluster.spec.name] = row
-            self._cache.put([cluster_statement(cluster.spec.name, row)])
+
+
+class Daemon:
+    """The composition root: makes the parts, lets them run, and ends them in order."""
+
+    def __init__(self, settings: Settings, read_clusters: Callable[[], list[ClusterSpec]], errors: TextIO) -> None:
+        self.settings = settings
+        self.started_at = time.monotonic()
+        self.ring = LogRing()
+        self._log = make_log(settings.log_level, errors, self.ring)
+        self._read_clusters = read_clusters
+        self._specs = {spec.name: spec for spec in read_clusters() if spec.enabled}
+        prepare_cache_folder(settings.cache)
+        self._lock = SingleInstance(settings.cache)
+        self._lock.acquire()
+        connection = open_cache(settings.cache, self._log)
+        self._resumption = resume_from(connection, self._log)
+        self.cache = CacheThread(connection, settings.timing, self._log)
+        self.store = Store(zone_of)
+        self.store.load(self._resumption.snapshot)
+        self.bus = Bus(self._resumption.stream, self.store.tables.seq, self._rows_wanted)
+        self.bus.load(self._resumption.changes)
+        self._reactor = Reactor(self._log)
+        self._credentials = Credentials(self._reactor, settings.timing)
+        self._follower = Follower(self.store, self.cache, self.bus, self._log)
+        self._server = Server(self._reactor, Requests(DaemonKnowledge(self)), self._unsubscribe)
+        self._follower.on_news = self._server.wake
+        self._follower.on_settled = self._on_settled
+        self.ring.wake = lambda subscriptions: self._reactor.call_soon(lambda: self._server.wake(subscriptions))
+        self._once = False
+        self._failure: FabrikError | None = None
+        self.socket_path: str | None = None
+
+    def run(self, ready: Callable[[], None]) -> None:
+        """Serve and follow until a signal; `ready` is called when the socket answers. Raises FabrikError."""
+        self.socket_path = choose_socket(self.settings)
+        self._server.open(self.socket_path)
+        raise_descriptor_limit()
+        self._every(self.settings.timing.housekeeping, self._keep_house)
+        self._every(self.settings.timing.idle_seq, lambda: self._server.wake(self.bus.idle()))
+        self._every(self.settings.timing.socket_check, self._keep_socket)
+        self._run(ready)
+
+    def run_once(self) -> None:
+        """List each cluster once. Raises ConfigError where none of them can be used."""
+        self._once = True
+        self._reactor.call_later(self.settings.timing.sync, self._reactor.stop)
+        self._run(lambda: None)
+
+    def clusters_in_order(self) -> list[Cluster]:
+        """Return the clusters as people put them."""
+        return sorted(self._follower.clusters.values(), key=lambda cluster: (cluster.spec.priority, cluster.spec.name))
+
+    def reload(self) -> JsonObject:
+        """Follow the clusters that are configured now; return what that changed. Raises ConfigError."""
+        specs = {spec.name: spec for spec in self._read_clusters() if spec.enabled}
+        changed = [name for name in specs if name in self._specs and specs[name] != self._specs[name]]
+        removed = [name for name in self._specs if name not in specs]
+        added = [name for name in specs if name not in self._specs]
+        for name in (*removed, *changed):
+            self._follower.clusters.pop(name).stop()
+            self._follower.forget_cluster(name)
+        self._specs = specs
+        for name in (*added, *changed):
+            self._begin(specs[name])
+        self._log.info("reloaded: added %s, changed %s, removed %s", added, changed, removed)
+        return {"added": added, "changed": changed, "removed": removed}
+
+    def stop_soon(self) -> None:
+        """End the run when the present answers are on their way."""
+        self._reactor.call_soon(lambda: self._reactor.call_soon(self._reactor.stop))
+
+    def _run(self, ready: Callable[[], None]) -> None:
+        self.cache.start()
+        self._take_signals()
+        for name in self._resumption.followed:
+            if name not in self._specs:
+                self._follower.forget_cluster(name)
+        try:
+            for spec in self._specs.values():
+                self._begin(spec)
+            ready()
+            self._reactor.run()
+        finally:
+            self._end()
+        if self._failure is not None:
+            raise self._failure
+
+    def _begin(self, spec: ClusterSpec) -> None:
+        cluster = Cluster(spec, self._reactor, self._credentials, self._follower, self.settings.timing)
+        self._follower.clusters[spec.name] = cluster
+        cluster.start(self._versions(spec), once=self._once)
+        self._follower.write_cluster(cluster)
+        names = ", ".join(spec.namespaces) if spec.namespaces != ("",) else "all namespaces"
+        self._log.info("%s: following %s", spec.name, names)
+
+    def _versions(self, spec: ClusterSpec) -> dict[Scope, tuple[str, str]]:
+        """Return where a cluster's watches go on; nowhere where another cluster or selector stands behind its name."""
+        followed = json.dumps([spec.kubeconfig, spec.context, spec.label_selector])
+        before = self._resumption.followed.get(spec.name)
+        self.cache.put([set_meta(f"followed:{spec.name}", followed)])
+        self._resumption.followed[spec.name] = followed
+        return self._resumption.versions if before in (None, followed) else {}
+
+    def _on_settled(self, cluster: Cluster) -> None:
+        clusters = self._follower.clusters.values()
+        if self._once and len(clusters) == len(self._specs) and all(each.is_settled for each in clusters):
+            self._reactor.call_soon(self._reactor.stop)
+        elif cluster.error is not None and all(isinstance(each.error, ConfigError) for each in clusters):
+            self._failure = cluster.error
+            self._reactor.stop()
+
+    def _rows_wanted(self, wanted: Filter) -> list[Row]:
+        return [row for kind in TABLES.values() for row in self.store.tables.rows(kind) if wanted.matches(row)]
+
+    def _unsubscribe(self, subscription: Subscription) -> None:
+        self.bus.unsubscribe(subscription)
+        self.ring.unfollow(subscription)
+
+    def _every(self, seconds: float, work: Callable[[], None]) -> None:
+        def turn() -> None:
+            self._reactor.call_later(seconds, turn)
+            work()
+
+        self._reactor.call_later(seconds, turn)
 
     def _keep_house(self) -> None:
-        now = time.time()
-        self._take(self._store.tick(now, self._timing.retention))
-        before = format_time(now - self._timing.retention)
-        self._cache.put(retention_statements(self._store.tables.seq, before))
-        self._reactor.call_later(self._timing.housekeeping, self._keep_house)
+        now, retention = time.time(), self.settings.timing.retention
+        self._follower.take(self.store.tick(now, retention))
+        self.cache.put(retention_statements(self.store.tables.seq, format_time(now - retention)))
+
+    def _keep_socket(self) -> None:
+        try:
+            self._server.keep()
+        except SocketError as error:
+            self._log.error("the socket cannot be made again: %s", error)
 
     def _take_signals(self) -> None:
         signal.set_wakeup_fd(self._reactor.wake_fd, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _frame: object) -> None:
+        if number == signal.SIGHUP:
+            self._reactor.call_soon(self._reload_by_signal)
+            return
         self._log.info("%s: stopping", signal.Signals(number).name)
         self._reactor.stop()
 
-    def _stop(self) -> None:
-        for cluster in self.clusters.values():
+    def _reload_by_signal(self) -> None:
+        try:
+            self.reload()
+        except FabrikError as error:
+            self._log.error("not reloaded: %s", error)
+
+    def _end(self) -> None:
+        for cluster in self._follower.clusters.values():
             cluster.stop()
-            self._cache.put([cluster_statement(cluster.spec.name, {"connected": 0})])
-        if not self._cache.close(self._timing.stop):
-            self._log.error("the cache could not be written to its end within %g s", self._timing.stop)
+            self.cache.put([cluster_statement(cluster.spec.name, {"connected": 0})])
+        if not self.cache.close(self.settings.timing.stop):
+            self._log.error("the cache could not be written to its end within %g s", self.settings.timing.stop)
+        self._server.close()
         self._reactor.close()
         self._lock.release()
 
@@ -4461,6 +6007,114 @@ class Daemon:
 def zone_of(name: str) -> Any:
     """Return the time zone of an IANA name. Raises KeyError where this host does not know it."""
     return zoneinfo.ZoneInfo(name)
+
+
+def raise_descriptor_limit() -> None:
+    """Allow for a thousand clients and many clusters, as far as the host does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def crash_path(cache: str) -> str:
+    """Return where a background daemon's last words are."""
+    return os.path.join(os.path.dirname(os.path.abspath(cache)), "daemon.crash")
+
+
+def detach(cache: str) -> None:
+    """Let go of the terminal: from here on stderr is daemon.crash, which only last words reach."""
+    log = logging.getLogger("fabrik-daemon")
+    log.handlers[:] = [handler for handler in log.handlers if isinstance(handler, logging.handlers.QueueHandler)]
+    file = os.open(crash_path(cache), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    sys.stderr.flush()
+    os.dup2(file, 2)
+    os.close(file)
+    faulthandler.enable()
+
+
+def last_words(cache: str, *, forget: bool = False) -> str:
+    """Return what the last background daemon said when it died, empty where it ended in order."""
+    path = crash_path(cache)
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            words = file.read(LAST_WORDS_CHARS).strip()
+        if forget or not words:
+            os.unlink(path)
+    except OSError:
+        return ""
+    return words
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Client
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Client:
+    """A connection to the daemon, which blocks; for commands."""
+
+    def __init__(self, sock: socket.socket, cache: str) -> None:
+        self._socket = sock
+        self._file = sock.makefile("rb")
+        self._cache = os.path.abspath(cache)
+
+    def ask(self, action: str, **fields: Any) -> JsonObject:
+        """Return the daemon's answer to one request. Raises RemoteError, or NotRunningError where it ends."""
+        return next(self.follow(action, **fields))
+
+    def follow(self, action: str, **fields: Any) -> Iterator[JsonObject]:
+        """Yield the messages that answer a request. Raises as `ask` does."""
+        said = {name: value for name, value in fields.items() if value is not None}
+        try:
+            self._socket.sendall(format_line({"action": action, "cache": self._cache, **said}))
+            for line in self._file:
+                message = json.loads(line)
+                if message.get("type") == "error":
+                    raise RemoteError(message)
+                yield message
+        except TimeoutError:
+            raise NotRunningError("the daemon does not answer", "see its logs, or 'fabrik-daemon restart'") from None
+        except (OSError, ValueError):
+            pass
+        raise NotRunningError("the daemon has ended")
+
+    def wait_forever(self) -> None:
+        """Wait for messages however long they take."""
+        self._socket.settimeout(None)
+
+    def wait_for_end(self) -> None:
+        """Wait until the daemon has closed the connection."""
+        with contextlib.suppress(OSError):
+            self._file.read()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._file.close()
+        self._socket.close()
+
+
+def connect(settings: Settings) -> Client | None:
+    """Return a connection to the daemon, None where none answers; one of another user is never asked."""
+    for path in socket_candidates(settings):
+        try:
+            found = os.lstat(path)
+        except OSError:
+            continue
+        if not stat.S_ISSOCK(found.st_mode) or found.st_uid not in (os.geteuid(), 0):
+            continue
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(CLIENT_TIMEOUT_S)
+        try:
+            sock.connect(path)
+            trusted = peer_uid(sock) in (os.geteuid(), 0)
+        except OSError:
+            trusted = False
+        if trusted:
+            return Client(sock, settings.cache)
+        sock.close()
+    return None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4486,50 +6140,125 @@ class Context(NamedTuple):
         self.errors.write(f"fabrik-daemon: {safe_text(line)}\n")
 
 
-Answer = list[JsonObject]
+def ask(context: Context, action: str, **fields: Any) -> JsonObject | None:
+    """Return the daemon's answer, None where no daemon of this cache answers: then the cache does."""
+    client = connect(context.settings)
+    if client is None:
+        return None
+    try:
+        return client.ask(action, **fields)
+    except RemoteError as error:
+        if error.code == OtherCacheError.code:
+            return None
+        raise
+    except NotRunningError as error:
+        context.warn(f"{error}; the cache answers")
+        return None
+    finally:
+        client.close()
 
 
 def runs_list(context: Context, arguments: argparse.Namespace) -> int:
     """List runs, the newest first."""
-    reader = CacheReader(context.settings.cache)
-    _tell_freshness(context, reader, arguments.cluster)
-    where, values = _conditions(cluster=arguments.cluster, status=arguments.status)
-    limit = f" LIMIT {arguments.limit}" if arguments.limit else ""
-    rows = reader.rows(
-        f"SELECT {', '.join(Run._fields)} FROM runs{where} ORDER BY created_at DESC, run_id DESC{limit}",  # noqa: S608
-        values,
-    )
-    _print(context, arguments.output, rows, lambda now: format_table(RUN_COLUMNS, rows, now, context.width))
+    wanted = {"status": arguments.status} if arguments.status else None
+    reply = ask(context, "runs.list", clusters=arguments.cluster, filter=wanted, limit=arguments.limit)
+    if reply is not None:
+        tell_source(context, "the daemon", [Freshness(**part) for part in reply["clusters"]])
+        rows = reply["runs"]
+    else:
+        reader = CacheReader(context.settings.cache)
+        tell_source(context, "the cache", check_synced(reader.freshness(), arguments.cluster))
+        rows = _runs_in_cache(reader, arguments)
+    print_answer(context, arguments.output, rows, lambda now: format_table(RUN_COLUMNS, rows, now, context.width))
     return 0
 
 
 def runs_show(context: Context, arguments: argparse.Namespace) -> int:
     """Show one run whole."""
-    reader = CacheReader(context.settings.cache)
-    row = find_run(reader, arguments.id)
-    _tell_freshness(context, reader, [row["cluster"]])
-    row["events"] = reader.rows(
-        "SELECT * FROM (SELECT * FROM run_events WHERE run_id = ? ORDER BY id DESC LIMIT ?) ORDER BY id",
-        (row["run_id"], RUN_EVENTS_SHOWN),
-    )
-    for event in row["events"]:
-        event["payload"] = parse_json_object(event["payload"])
-    row["volumes"] = reader.rows("SELECT * FROM volumes WHERE run_id = ? ORDER BY namespace, name", (row["run_id"],))
-    row["warnings"] = reader.rows("SELECT * FROM cluster_events WHERE run_id = ? ORDER BY last_at", (row["run_id"],))
-    _print(context, arguments.output, row, lambda now: format_run(row, now, context.width))
+    reply = ask(context, "runs.show", run=arguments.id)
+    if reply is not None:
+        tell_source(context, "the daemon", [Freshness(**part) for part in reply["clusters"]])
+        row = reply["run"]
+    else:
+        reader = CacheReader(context.settings.cache)
+        found = reader.rows(
+            f"SELECT {', '.join(Run._fields)} FROM runs WHERE run_id = ? OR id = ?",  # noqa: S608 - names of ours
+            (arguments.id, arguments.id),
+        )
+        parts = reader.freshness()
+        run = pick_run([Run(**values) for values in found], arguments.id) if found else None
+        tell_source(context, "the cache", check_synced(parts, [run.cluster] if run else []))
+        run = run or pick_run([], arguments.id)
+        row = {**run._asdict(), **reader.run_details(run.run_id)}
+    print_answer(context, arguments.output, row, lambda now: format_run(row, now, context.width))
     return 0
 
 
-def find_run(reader: CacheReader, run_id: str) -> JsonObject:
-    """Return the row that an id means: its key, or its label id where that is no other's. Raises FabrikError."""
-    fields = ", ".join(Run._fields)
-    found = reader.rows(f"SELECT {fields} FROM runs WHERE run_id = ?", (run_id,))  # noqa: S608 - names of ours
-    found = found or reader.rows(f"SELECT {fields} FROM runs WHERE id = ? ORDER BY run_id", (run_id,))  # noqa: S608
-    if len(found) > 1:
-        raise UsageError(f"{run_id} is ambiguous", "say " + " or ".join(row["run_id"] for row in found))
-    if not found:
-        raise NotFoundError(f"no run {run_id!r} is known", "see 'fabrik-daemon runs list'")
-    return found[0]
+def clusters_list(context: Context, arguments: argparse.Namespace) -> int:
+    """List the clusters: those configured or discovered, and what is known of them."""
+    reply = ask(context, "clusters.list")
+    known = reply["clusters"] if reply is not None else _clusters_in_cache(context.settings.cache)
+    rows: dict[str, JsonObject] = {row["name"]: row for row in known}
+    empty = {"server": None, "connected": False, "error": None, "last_event_at": None}
+    for spec in configured_clusters(context.settings, context.environment):
+        row = {**empty, **rows.get(spec.name, {}), "name": spec.name, "priority": spec.priority}
+        rows[spec.name] = {**row, "error": "disabled" if not spec.enabled else row["error"]}
+    answer = sorted(rows.values(), key=lambda row: (row["priority"], row["name"]))
+    names = ("name", "server", "priority", "connected", "error", "last_event_at")
+    answer = [{name: row[name] for name in names} for row in answer]
+    print_answer(
+        context, arguments.output, answer, lambda now: format_table(CLUSTER_COLUMNS, answer, now, context.width)
+    )
+    return 0
+
+
+def query(context: Context, arguments: argparse.Namespace) -> int:
+    """Answer a user's SQL from the cache, within limits of time, memory and rows."""
+    reader = CacheReader(context.settings.cache)
+    parts = check_synced(reader.freshness(), [])
+    result = run_query(reader, arguments.sql, context.settings.timing.query)
+    tell_source(context, "the cache", parts)
+    if result.is_cut:
+        context.warn(f"only the first {QUERY_ROWS} rows are shown; add LIMIT or a condition")
+    names = result.columns
+    answer = [dict(zip(names, map(shown_value, row))) for row in result.rows]
+    print_answer(
+        context, arguments.output, answer, lambda now: format_table(columns_for(names), answer, now, context.width)
+    )
+    return 0
+
+
+def _runs_in_cache(reader: CacheReader, arguments: argparse.Namespace) -> list[JsonObject]:
+    conditions, values = [], [*arguments.cluster]
+    if arguments.cluster:
+        conditions.append(f"cluster IN ({', '.join('?' * len(arguments.cluster))})")
+    if arguments.status:
+        unknown = " OR status IS NULL" if UNKNOWN in arguments.status else ""
+        conditions.append(f"(status IN ({', '.join('?' * len(arguments.status))}){unknown})")
+        values += arguments.status
+    where = f" WHERE {' AND '.join(conditions)}" if conditions else ""
+    limit = f" LIMIT {arguments.limit}" if arguments.limit else ""
+    columns = ", ".join(Run._fields)
+    return reader.rows(f"SELECT {columns} FROM runs{where} ORDER BY created_at DESC, run_id DESC{limit}", values)  # noqa: S608
+
+
+def _clusters_in_cache(cache: str) -> list[JsonObject]:
+    if not os.path.exists(cache):
+        return []
+    reader = CacheReader(cache)
+    connected = {part.cluster: part.connected for part in reader.freshness()}
+    rows = reader.rows("SELECT name, server, priority, error, last_event_at FROM clusters")
+    return [{**row, "connected": connected[row["name"]]} for row in rows]
+
+
+def tell_source(context: Context, source: str, parts: Sequence[Freshness]) -> None:
+    """Say on stderr where an answer comes from and how old it is."""
+    context.warn(format_freshness(source, parts, time.time()))
+
+
+def print_answer(context: Context, output: str, answer: object, table: Callable[[float], str]) -> None:
+    """Write an answer in the format asked for."""
+    context.out.write(format_json(answer) if output == "json" else table(time.time()))
 
 
 def configured_clusters(settings: Settings, environment: Mapping[str, str]) -> list[ClusterSpec]:
@@ -4568,148 +6297,133 @@ def read_text(path: str) -> str | None:
         raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
 
 
-def clusters_list(context: Context, arguments: argparse.Namespace) -> int:
-    """List the clusters: those configured or discovered, and what the cache knows of them."""
-    rows: dict[str, JsonObject] = {}
-    if os.path.exists(context.settings.cache):
-        reader = CacheReader(context.settings.cache)
-        live = {part.cluster: part.connected for part in reader.freshness()}
-        for row in reader.rows("SELECT name, server, priority, connected, error, last_event_at FROM clusters"):
-            rows[row["name"]] = {**row, "connected": live.get(row["name"], False)}
-    empty = {"server": None, "connected": False, "error": None, "last_event_at": None}
-    for spec in configured_clusters(context.settings, context.environment):
-        row = {**empty, **rows.get(spec.name, {}), "name": spec.name, "priority": spec.priority}
-        rows[spec.name] = {**row, "error": "disabled" if not spec.enabled else row["error"]}
-    answer = sorted(rows.values(), key=lambda row: (row["priority"], row["name"]))
-    answer = [
-        {key: row[key] for key in ("name", "server", "priority", "connected", "error", "last_event_at")}
-        for row in answer
-    ]
-    _print(context, arguments.output, answer, lambda now: format_table(CLUSTER_COLUMNS, answer, now, context.width))
-    return 0
-
-
-def query(context: Context, arguments: argparse.Namespace) -> int:
-    """Answer a user's SQL from the cache, within limits of time, memory and rows."""
-    reader = CacheReader(context.settings.cache)
-    _tell_freshness(context, reader, ())
-    reader.connection.execute("SELECT * FROM json_each('[]')").fetchall()  # fails under the authorizer unless touched
-    reader.connection.execute("PRAGMA query_only = 1")
-    reader.connection.set_authorizer(lambda action, first, second, *_: authorize(action, first, second))
-    names, rows = _run_limited(reader.connection, arguments.sql, context.settings.timing.query)
-    if len(rows) > QUERY_ROWS:
-        rows = rows[:QUERY_ROWS]
-        context.warn(f"only the first {QUERY_ROWS} rows are shown; add LIMIT or a condition")
-    answer = [dict(zip(names, (_shown(value) for value in row))) for row in rows]
-    _print(context, arguments.output, answer, lambda now: format_table(columns_for(names), answer, now, context.width))
-    return 0
-
-
-def _run_limited(connection: sqlite3.Connection, sql: str, seconds: float) -> tuple[list[str], list[Values]]:
-    """Run SQL in a thread and wait for it; past its time the process ends, since nothing else stops a slow LIKE."""
-    with contextlib.suppress(ValueError, OSError):
-        limit = QUERY_MEMORY_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    result: list[tuple[list[str], list[Values]] | Exception] = []
-
-    def work() -> None:
-        try:
-            cursor = connection.execute(sql)
-            names = [column[0] for column in cursor.description or ()]
-            result.append((names, cursor.fetchmany(QUERY_ROWS + 1)))
-        except (sqlite3.Error, sqlite3.Warning, MemoryError, ValueError) as error:
-            result.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not result:
-        raise QueryTimeoutError(f"the query was ended after {seconds:g} s", "make it smaller, or set timing.query")
-    if isinstance(result[0], MemoryError) or "out of memory" in str(result[0]):
-        raise FabrikError("the query needs too much memory", "make it smaller")
-    if isinstance(result[0], Exception):
-        words = str(result[0])
-        denied = "not authorized" in words or "prohibited" in words or "readonly" in words
-        raise UsageError(
-            f"SQL: {words}", "only SELECT on the cache's tables is possible" if denied else "see 'query --help'"
-        )
-    if not result[0][0]:
-        raise UsageError("SQL: there is no statement in it", 'write for example "SELECT * FROM runs"')
-    return result[0]
-
-
-class QueryTimeoutError(FabrikError):
-    """User SQL took too long; its thread still runs, so the process must end at once."""
-
-
-def _shown(value: Any) -> Any:
-    return value.hex() if isinstance(value, bytes) else value
-
-
-def _conditions(**wanted: Sequence[str]) -> tuple[str, list[str]]:
-    """Return a WHERE clause and its values: each column is one of what is asked for; `unknown` is no status at all."""
-    parts: list[str] = []
-    values: list[str] = []
-    for column, choices in wanted.items():
-        if choices:
-            unknown = " OR status IS NULL" if column == "status" and UNKNOWN in choices else ""
-            parts.append(f"({column} IN ({', '.join('?' * len(choices))}){unknown})")
-            values += choices
-    return (" WHERE " + " AND ".join(parts) if parts else ""), values
-
-
-def _tell_freshness(context: Context, reader: CacheReader, clusters: Sequence[str]) -> None:
-    """Say how old the answer is. Raises where nothing asked for was ever synced, or a cluster is not known at all."""
-    parts = reader.freshness(clusters)
-    unknown = [name for name in clusters if name not in {part.cluster for part in parts}]
-    if unknown:
-        known = [part.cluster for part in reader.freshness()]
-        raise NotFoundError(f"no cluster {unknown[0]!r} is known", nearest(unknown[0], known) if known else "none is")
-    lines = freshness_lines(parts, time.time())
-    if not any(part.synced_at for part in parts):
-        raise CacheError(
-            "; ".join(lines) or "no cluster was ever synced", "run 'fabrik-daemon sync' or see 'clusters list'"
-        )
-    for line in lines:
-        context.warn(line)
-
-
-def _print(context: Context, output: str, answer: object, table: Callable[[float], str]) -> None:
-    context.out.write(format_json(answer) if output == "json" else table(time.time()))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Commands: daemon and clusters
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def start(context: Context, arguments: argparse.Namespace) -> int:
-    """Follow the clusters until a signal comes."""
-    daemon = _make_daemon(context)
-    daemon.run()
+    """Start the daemon: in the background, or here until a signal comes."""
+    if arguments.foreground:
+        daemon = _make_daemon(context)
+        daemon.run(lambda: detach(context.settings.cache) if arguments.detach else None)
+        last_words(context.settings.cache)  # none: the file goes
+        return 0
+    words = last_words(context.settings.cache, forget=True)
+    if words:
+        context.warn("the last daemon died; its last words:")
+        context.errors.write(safe_lines(words))
+    client = connect(context.settings)
+    verb = "runs already" if client else "started"
+    if client is None:
+        client = _start_in_background(context)
+    context.out.write(f"fabrik-daemon {verb}\n" + format_status(client.ask("status"), time.time(), context.width))
+    client.close()
+    return 0
+
+
+def stop(context: Context, arguments: argparse.Namespace) -> int:
+    """End the daemon, and wait until it has."""
+    del arguments
+    client = connect(context.settings)
+    if client is None:
+        raise NotRunningError("the daemon is not running", "there is nothing to stop")
+    client.ask("shutdown")
+    client.wait_for_end()
+    ends_at = time.monotonic() + context.settings.timing.stop + CLIENT_TIMEOUT_S
+    while is_kept_up(context.settings.cache) and time.monotonic() < ends_at:
+        time.sleep(LOCK_POLL_S)  # the lock is let go last, and only asking tells
+    context.out.write("fabrik-daemon stopped\n")
+    return 0
+
+
+def restart(context: Context, arguments: argparse.Namespace) -> int:
+    """End the daemon where it runs, and start it again."""
+    with contextlib.suppress(NotRunningError):
+        stop(context, arguments)
+    return start(context, arguments)
+
+
+def reload(context: Context, arguments: argparse.Namespace) -> int:
+    """Have the daemon read clusters.yaml and kubeconfigs again."""
+    del arguments
+    client = _running(context)
+    reply = client.ask("reload")
+    told = [f"{what} {', '.join(reply[what])}" for what in ("added", "changed", "removed") if reply.get(what)]
+    context.out.write(f"reloaded: {safe_text('; '.join(told) or 'nothing changed')}\n")
+    return 0
+
+
+def status(context: Context, arguments: argparse.Namespace) -> int:
+    """Say how the daemon is, and how it stands with each cluster."""
+    client = connect(context.settings)
+    if client is None:
+        words = last_words(context.settings.cache)
+        if words:
+            context.warn("the last daemon died; its last words:")
+            context.errors.write(safe_lines(words))
+        raise NotRunningError("the daemon is not running", "run 'fabrik-daemon start'")
+    reply = client.ask("status")
+    del reply["type"]
+    print_answer(context, arguments.output, reply, lambda now: format_status(reply, now, context.width))
+    return 0
+
+
+def logs(context: Context, arguments: argparse.Namespace) -> int:
+    """Show the daemon's last log lines, and those to come."""
+    client = _running(context)
+    if not arguments.follow:
+        for line in client.ask("logs", lines=arguments.lines, level=arguments.level)["lines"]:
+            context.out.write(format_log_line(line))
+        return 0
+    client.wait_forever()
+    for message in client.follow("logs", lines=arguments.lines, level=arguments.level, follow=True):
+        if message["type"] == "log":
+            context.out.write(format_log_line(message))
+            context.out.flush()
+    return 0
+
+
+def runs_watch(context: Context, arguments: argparse.Namespace) -> int:
+    """Show changes of runs as they come."""
+    client = _running(context)
+    client.wait_forever()
+    wanted = {"status": arguments.status} if arguments.status else None
+    fields = {"clusters": arguments.cluster or ["*"], "filter": wanted, "includeHistory": arguments.history}
+    for message in client.follow("subscribe", **fields):
+        if arguments.output == "json":
+            context.out.write(format_json_line(message))
+        elif str(message["type"]).startswith("run:"):
+            context.out.write(format_run_event(message, context.width))
+        elif message["type"] == "lagged":
+            context.warn("changes came faster than they were shown; the list begins anew")
+        elif message["type"] == "snapshot" and message["runs"]:
+            context.out.write(format_table(RUN_COLUMNS, message["runs"], time.time(), context.width))
+        context.out.flush()
     return 0
 
 
 def sync(context: Context, arguments: argparse.Namespace) -> int:
     """List every cluster once, bring the cache up to date, and end."""
+    del arguments
     try:
         daemon = _make_daemon(context)
     except AlreadyRunningError:
         return _daemon_keeps_it(context)
-    daemon.run(once=True)
+    daemon.run_once()
     code = 0
-    for name, cluster in daemon.clusters.items():
+    for cluster in daemon.clusters_in_order():
         missing = [watcher for watcher in cluster.watchers if not watcher.synced]
         forbidden = [watcher for watcher in missing if watcher.told.state == FORBIDDEN]
         if missing:
-            context.warn(f"{name}: {cluster.trouble or 'no answer in time'}")
+            context.warn(f"{cluster.spec.name}: {cluster.trouble or 'no answer in time'}")
         if len(forbidden) < len(missing) or len(missing) == len(cluster.watchers):
             code = UnreachableError.exit_code
     return code
 
 
 def clusters_add(context: Context, arguments: argparse.Namespace) -> int:
-    """Add a cluster to clusters.yaml."""
+    """Add a cluster to clusters.yaml; a daemon that runs follows it at once."""
     settings, path = context.settings, context.settings.clusters_file
     clusters = parse_clusters(read_text(path) or "", path, context.environment)
     check_cluster_name(arguments.name, "--name")
@@ -4731,6 +6445,7 @@ def clusters_add(context: Context, arguments: argparse.Namespace) -> int:
     )
     _write_clusters(settings, [*clusters, spec])
     context.out.write(f"added {spec.name} to {path}\n")
+    _reload_if_running(context)
     return 0
 
 
@@ -4745,41 +6460,75 @@ def clusters_remove(context: Context, arguments: argparse.Namespace) -> int:
         raise NotFoundError(f"no cluster {arguments.name!r} in {path}", hint)
     _write_clusters(context.settings, kept)
     context.out.write(f"removed {arguments.name} from {path}; its runs stay in the cache until their retention ends\n")
+    _reload_if_running(context)
     return 0
 
 
-def make_log(level: str, errors: TextIO) -> logging.Logger:
-    """Return the daemon's log, which goes to stderr; no file is ever written."""
-    log = logging.getLogger("fabrik-daemon")
-    handler = logging.StreamHandler(errors)
-    formatter = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
-    formatter.converter = time.gmtime
-    handler.setFormatter(formatter)
-    log.handlers[:] = [handler]
-    log.setLevel(level.upper())
-    log.propagate = False
-    return log
+def _running(context: Context) -> Client:
+    client = connect(context.settings)
+    if client is None:
+        raise NotRunningError("the daemon is not running", "run 'fabrik-daemon start'")
+    return client
+
+
+def _reload_if_running(context: Context) -> None:
+    client = connect(context.settings)
+    if client is not None:
+        with contextlib.suppress(RemoteError, NotRunningError):
+            client.ask("reload")
+        client.close()
+
+
+def _start_in_background(context: Context) -> Client:
+    """Start the daemon as a process of its own and return a connection to it. Raises with its words where it dies."""
+    settings = context.settings
+    places = ["--config", settings.config] if os.path.exists(settings.config) else []
+    places += ["--cache", settings.cache, *(["--socket", settings.socket] if settings.socket else [])]
+    environment = {**os.environ, "FABRIK_CONFIG": settings.config}
+    process = subprocess.Popen(
+        own_command("start", "--foreground", "--detach", *places),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,
+        cwd="/",
+    )
+    words = process.stderr.read().decode("utf-8", "replace") if process.stderr is not None else ""  # until it detaches
+    ends_at = time.monotonic() + CLIENT_TIMEOUT_S
+    while time.monotonic() < ends_at:
+        client = connect(settings)
+        if client is not None:
+            return client
+        if process.poll() is not None and not is_kept_up(settings.cache):
+            break
+        time.sleep(LOCK_POLL_S)  # another start was quicker, and its daemon is about to listen
+    said = [line for line in words.splitlines() if line.startswith("fabrik-daemon: ")]
+    error = StartError(said[-1][len("fabrik-daemon: ") :] if said else "the daemon does not answer", "")
+    error.exit_code = process.returncode or FabrikError.exit_code
+    raise error
 
 
 def _make_daemon(context: Context) -> Daemon:
-    settings = context.settings
-    clusters = configured_clusters(settings, context.environment)
-    if not any(cluster.enabled for cluster in clusters):
-        raise ConfigError(
-            "no cluster is configured, and no kubeconfig has one of fabrik's", "see 'clusters add --help'"
-        )
-    prepare_cache_folder(settings.cache)
-    return Daemon(settings, clusters, make_log(settings.log_level, context.errors))
+    def read_clusters() -> list[ClusterSpec]:
+        clusters = configured_clusters(context.settings, context.environment)
+        if not any(cluster.enabled for cluster in clusters):
+            raise ConfigError(
+                "no cluster is configured, and no kubeconfig has one of fabrik's",
+                "see 'fabrik-daemon clusters add --help'",
+            )
+        return clusters
+
+    return Daemon(context.settings, read_clusters, context.errors)
 
 
 def _daemon_keeps_it(context: Context) -> int:
     """Answer a sync while a daemon runs: it is the daemon that keeps the cache up to date."""
     away = [part for part in CacheReader(context.settings.cache).freshness() if not part.connected]
-    for line in freshness_lines(away, time.time()):
-        context.warn(line)
-    context.warn(
-        "a daemon keeps this cache up to date" if not away else "a daemon runs, but not every cluster answers it"
-    )
+    state = "and follows every cluster" if not away else "but not every cluster answers it"
+    context.warn(f"a daemon keeps this cache up to date, {state}")
+    if away:
+        context.warn(format_freshness("the cache", away, time.time()))
     return UnreachableError.exit_code if away else 0
 
 
@@ -4816,13 +6565,17 @@ def _output_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", choices=("table", "json"), default="table", help="format (default: table)")
 
 
-def _runs_list_arguments(parser: argparse.ArgumentParser) -> None:
+def _selection_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cluster", action="append", default=[], metavar="NAME", help="only this cluster's (repeatable)"
     )
     parser.add_argument(
         "--status", action="append", default=[], choices=(*STATUSES, UNKNOWN), help="only this status (repeatable)"
     )
+
+
+def _runs_list_arguments(parser: argparse.ArgumentParser) -> None:
+    _selection_arguments(parser)
     parser.add_argument("--limit", type=_count, metavar="N", help="at most N rows, the newest")
     _output_argument(parser)
 
@@ -4840,7 +6593,20 @@ def _query_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _start_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--foreground", action="store_true", required=True, help="stay in the terminal; end with ^C")
+    parser.add_argument("--foreground", action="store_true", help="stay in the terminal; end with ^C")
+    parser.add_argument("--detach", action="store_true", help=argparse.SUPPRESS)  # what the background process is told
+
+
+def _logs_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-n", "--lines", type=_count, default=100, metavar="N", help="the last N lines (default: 100)")
+    parser.add_argument("--level", choices=LOG_LEVELS, default="debug", help="this level and above (default: debug)")
+    parser.add_argument("--follow", "-f", action="store_true", help="go on with the lines to come")
+
+
+def _runs_watch_arguments(parser: argparse.ArgumentParser) -> None:
+    _selection_arguments(parser)
+    parser.add_argument("--history", type=_count, metavar="N", help="begin with the last N changes")
+    _output_argument(parser)
 
 
 def _clusters_add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -4875,7 +6641,20 @@ _ADD: Final = (
     "clusters add --name dev --kubeconfig ~/.kube/config --context k3d-dev --namespace fabrik-runs --priority 1",
 )
 COMMANDS: Final = (
-    Command("start", "follow the clusters", ("start --foreground",), _start_arguments, start),
+    Command("start", "start the daemon", ("start", "start --foreground"), _start_arguments, start),
+    Command("stop", "end the daemon", ("stop",), _no_arguments, stop),
+    Command("restart", "end the daemon and start it again", ("restart",), _start_arguments, restart),
+    Command("reload", "have the daemon read clusters.yaml and kubeconfigs again", ("reload",), _no_arguments, reload),
+    Command(
+        "status", "say how the daemon and its clusters are", ("status", "status -o json"), _output_argument, status
+    ),
+    Command(
+        "logs",
+        "show the daemon's log",
+        ("logs -n 20 --level warning", "logs --follow"),
+        _logs_arguments,
+        logs,
+    ),
     Command("sync", "list every cluster once and end (for cron)", ("sync",), _no_arguments, sync),
     Command(
         "runs list",
@@ -4883,6 +6662,13 @@ COMMANDS: Final = (
         ("runs list", "runs list --cluster prod --status blocked", "runs list --limit 50 -o json"),
         _runs_list_arguments,
         runs_list,
+    ),
+    Command(
+        "runs watch",
+        "show changes of runs as they come",
+        ("runs watch", "runs watch --status blocked --history 10 -o json"),
+        _runs_watch_arguments,
+        runs_watch,
     ),
     Command(
         "runs show",
@@ -4959,7 +6745,7 @@ def format_help() -> str:
         f"commands:\n{''.join(lines)}\n"
         "'fabrik-daemon COMMAND --help' shows a command's arguments and examples.\n"
         "exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 no such run or cluster,\n"
-        "            5 a cluster did not answer, 130 interrupted\n"
+        "            4 the daemon is not running, 5 a cluster did not answer, 130 interrupted\n"
     )
 
 
@@ -4979,6 +6765,8 @@ def _dispatch(argv: Sequence[str], out: TextIO, errors: TextIO) -> int:
         words = words[1:]
     if words[:1] == ["_credentials"]:
         return credentials_helper(words[1], words[2], out)
+    if words[:1] == ["_query"]:
+        return query_helper(words[1], words[2], out)
     if not words or words[0] in ("-h", "--help", "help"):
         out.write(format_help())
         return 0 if words else UsageError.exit_code

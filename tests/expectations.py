@@ -46,22 +46,27 @@ def by_run(rows: Iterable[Row]) -> defaultdict[str, list[Row]]:
 
 def run_differences(expected: Sequence[Row], shown: Sequence[Row], namespace: str, cluster: str = "test") -> list[str]:
     """Return, one a line, in what the shown runs differ from the expected ones; runs that nobody expects included."""
-    rows = {row["run_id"]: row for row in shown}
+    rows = {(row["id"], row["cluster"], row["namespace"]): row for row in shown}
     problems: list[str] = []
-    plain: set[str] = set()
-    for run in sorted(expected, key=lambda run: run.get("namespace", namespace)):
-        place = f"{cluster}/{run.get('namespace', namespace)}"
-        label_id = run["run_id"] or run["job"]
-        key = f"{label_id}@{place}" if not run["run_id"] or label_id in plain else label_id
-        plain.add(label_id)
-        row = rows.pop(key, None)
+    for run in expected:
+        place = (run["run_id"] or run["job"], cluster, run.get("namespace", namespace))
+        row = rows.pop(place, None)
         if row is None:
-            problems.append(f"{key}: no such run; there are {sorted(rows)}")
+            problems.append(f"{place}: no such run; there are {sorted(rows)}")
         else:
-            identity = {"id": label_id, "cluster": cluster, "namespace": run.get("namespace", namespace)}
-            found = [_unlike(name, row[name], [wanted]) for name, wanted in identity.items()]
-            problems += [f"{key}: {problem}" for problem in [*found, *row_differences(run, row)] if problem]
-    return problems + [f"{key}: nobody expects this run" for key in rows]
+            problems += [f"{place}: {problem}" for problem in row_differences(run, row)]
+    problems += [f"{place}: nobody expects this run" for place in rows]
+    return problems + _key_differences(expected, shown)
+
+
+def _key_differences(expected: Sequence[Row], shown: Sequence[Row]) -> list[str]:
+    """Check the keys: the label id at one place, `<id>@<cluster>/<namespace>` at others and for scheduled Jobs."""
+    labels = {run["run_id"] for run in expected if run["run_id"]}
+    plain = [row["run_id"] for row in shown if row["run_id"] in labels]
+    problems = [f"{label}: {plain.count(label)} runs have the plain id" for label in labels if plain.count(label) != 1]
+    rest = [row for row in shown if row["run_id"] not in labels]
+    wrong = [row["run_id"] for row in rest if row["run_id"] != f"{row['id']}@{row['cluster']}/{row['namespace']}"]
+    return problems + [f"{key}: a key in the wrong form" for key in wrong]
 
 
 def row_differences(expected: Row, row: Row) -> list[str]:

@@ -59,6 +59,7 @@ class Daemon:
         self.clusters = clusters
         self._sockets = Path(tempfile.mkdtemp(prefix="fabrik-"))  # a socket's path has 104 bytes at most
         self._process: subprocess.Popen[bytes] | None = None
+        self._temporary = root / "tmp"
         self.python = sys.executable
         self._executable = executable
         self._write_configuration(timing)
@@ -66,6 +67,7 @@ class Daemon:
             **{name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ},
             "HOME": str(root / "home"),
             "SHIV_ROOT": str(unpacked),
+            "TMPDIR": str(self._temporary),
             "FABRIK_CONFIG": str(root / "config" / "config.yaml"),
             "FABRIK_CACHE": str(self.cache),
             "FABRIK_SOCKET": str(self._sockets / "d.sock"),
@@ -73,7 +75,7 @@ class Daemon:
 
     def _write_configuration(self, timing: Mapping[str, object]) -> None:
         folder = self.root / "config"
-        for path in (folder, self.root / "home", self.cache.parent):
+        for path in (folder, self.root / "home", self.cache.parent, self._temporary):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         entries = []
         for cluster in self.clusters:
@@ -137,6 +139,7 @@ class Daemon:
             raise AssertionError(f"the daemon goes on {STOP_S} s after SIGTERM:\n{self.log}") from None
         self._process = None
         assert code == 0, f"the daemon ended with {code}:\n{self.log}"
+        assert list(self._temporary.iterdir()) == [], "temporary files, maybe keys, are left"
 
     def cli(self, *words: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
         """Run a command of the executable in the same environment."""

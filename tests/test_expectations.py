@@ -72,8 +72,8 @@ def test_what_is_not_known_may_not_be_made_up() -> None:
 
 def test_missing_and_unexpected_runs_are_told() -> None:
     expected, rows = right_rows()
-    assert len(run_differences(expected, [], NAMESPACE)) == 1
-    assert len(run_differences([], rows, NAMESPACE)) == 1
+    assert len(run_differences(expected, [], NAMESPACE)) == 2
+    assert any("nobody expects" in problem for problem in run_differences([], rows, NAMESPACE))
 
 
 def test_the_second_place_of_an_id_has_its_place_in_its_key() -> None:
@@ -81,6 +81,8 @@ def test_the_second_place_of_an_id_has_its_place_in_its_key() -> None:
     both = [{**expected[0], "namespace": "team-a"}, expected[0]]
     second = {**rows[0], "run_id": f"{rows[0]['id']}@test/team-a", "namespace": "team-a"}
     assert run_differences(both, [second, rows[0]], NAMESPACE) == []
+    assert run_differences(both, [second, {**rows[0], "run_id": f"{rows[0]['id']}@test/{NAMESPACE}"}], NAMESPACE)
+    assert run_differences(both, [{**second, "run_id": rows[0]["id"]}, rows[0]], NAMESPACE)
 
 
 def test_a_wrong_schedule_is_told() -> None:

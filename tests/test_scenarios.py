@@ -82,13 +82,24 @@ def test_a_scenario(scenario: str, authority: Authority, serve: Serve, make_daem
     assert differences(daemon, server, final) == [], "offline"
 
 
-@pytest.mark.parametrize("scenario", [name for name in SCENARIOS if name[:2] in {"01", "06", "07", "08", "09"}])
+@pytest.mark.parametrize(
+    ("scenario", "stopped_at"),
+    [
+        ("01-happy-path", 5.731),
+        ("06-deadline-exceeded", 7.0),
+        ("07-cancelled", 2.1),
+        ("08-ttl-after-finished", 2.5),
+        ("09-evicted-replaced", 3.023),
+        ("10-cronjob", 14.5),
+        ("12-malformed-annotations", 12.576),
+    ],
+)
 def test_what_happened_while_the_daemon_was_down(
-    scenario: str, authority: Authority, serve: Serve, make_daemon: MakeDaemon
+    scenario: str, stopped_at: float, authority: Authority, serve: Serve, make_daemon: MakeDaemon
 ) -> None:
     server = serve_scenario(scenario, authority, serve)
     daemon = make_daemon(cluster_of(server))
-    server.release(server.expect["checkpoints"][0]["t"])
+    server.release(stopped_at)
     daemon.start()
     daemon.settle()
     daemon.stop()
@@ -131,6 +142,29 @@ def test_watches_that_end_on_the_way(clean: bool, authority: Authority, serve: S
     server.release_all()
     daemon.settle()
     assert differences(daemon, server, server.expect["final"]) == []
+
+
+@pytest.mark.parametrize("initial_events", ["refuse", "ignore", "stream"])
+@pytest.mark.parametrize("namespaces", [["*"], ["team-a", "fabrik-runs"]], ids=["everywhere", "two namespaces"])
+def test_servers_with_and_without_streaming_lists(
+    initial_events: str, namespaces: list[str], authority: Authority, serve: Serve, make_daemon: MakeDaemon
+) -> None:
+    server = serve_scenario("16-cluster-scope", authority, serve)
+    server.initial_events = initial_events
+    daemon = make_daemon(cluster_of(server)._replace(namespaces=namespaces))
+    daemon.start()
+    server.release_all()
+    daemon.settle()
+    assert differences(daemon, server, server.expect["final"]) == []
+
+
+def test_the_lower_namespace_has_the_plain_id(authority: Authority, serve: Serve, make_daemon: MakeDaemon) -> None:
+    server = serve_scenario("16-cluster-scope", authority, serve)
+    daemon = make_daemon(cluster_of(server))
+    assert daemon.cli("sync").returncode == 0
+    keys = {row["run_id"]: row["namespace"] for row in daemon.json("runs", "list")}
+    twice = "01m84az44dnfs2bc7v6rfh6y2h"
+    assert (keys[twice], keys[f"{twice}@test/team-a"]) == ("fabrik-runs", "team-a")
 
 
 def test_an_expired_continue_token(authority: Authority, serve: Serve, make_daemon: MakeDaemon) -> None:
