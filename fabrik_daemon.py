@@ -33,6 +33,7 @@ Core:
     Watch machine         list, watch, bookmark, expire, back off -> actions
     Requests              the daemon's API: request -> answer, the same for every framing
     Views                 rows -> table or json; where hostile text is made safe
+    Demo script           the scripted clusters of `demo`: what happens, and when
 Shell:
     Reactor               selectors loop, timers, wake-up, a small pool for what blocks
     Streams               non-blocking TCP, TLS and Unix sockets
@@ -40,9 +41,14 @@ Shell:
     Cache: queries        user SQL within limits of time, memory and rows
     Credentials           the helper process around kubernetes.config
     Watcher               drives one Watch machine over one Stream
+    Watcher: clusters     who a cluster is, how it is reached, and its watches together
     Server                the Unix socket and its connections: JSON lines and HTTP
+    Daemon: log           the daemon's log, in memory; its last words
+    Daemon: following     what watches tell -> store, cache, bus
     Daemon                composition root: settings -> parts; signals, orderly stop
     Client                a connection to the daemon, for commands
+    Services: demo server   an API server on loopback that plays a script
+    Services: demo        scripted clusters, a daemon that follows them, and what is shown of it
     Commands: reading     one function per command
     Commands: daemon and clusters
     Command line          parser, main
@@ -52,6 +58,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 import os
 import re
 import sys
@@ -78,10 +85,12 @@ if TYPE_CHECKING:
     import concurrent.futures
     import contextlib
     import difflib
+    import email.utils
     import errno
     import faulthandler
     import fcntl
     import heapq
+    import http.server
     import itertools
     import logging
     import logging.handlers
@@ -92,12 +101,14 @@ if TYPE_CHECKING:
     import shutil
     import signal
     import socket
+    import socketserver
     import sqlite3
     import ssl
     import stat
     import struct
     import subprocess
     import tempfile
+    import termios
     import threading
     import traceback
     import unicodedata
@@ -130,11 +141,13 @@ else:
     contextlib = _Lazy("contextlib")
     cronsim = _Lazy("cronsim")  # the next run of a schedule, in its time zone
     difflib = _Lazy("difflib")
+    email = _Lazy("email.utils")
     errno = _Lazy("errno")
     faulthandler = _Lazy("faulthandler")
     fcntl = _Lazy("fcntl")
     h11 = _Lazy("h11")  # HTTP/1.1
     heapq = _Lazy("heapq")
+    http = _Lazy("http.server")
     itertools = _Lazy("itertools")
     kubernetes = _Lazy("kubernetes")  # kubeconfigs: contexts, certificates, tokens, exec and OIDC plugins
     logging = _Lazy("logging.handlers")
@@ -145,12 +158,14 @@ else:
     shutil = _Lazy("shutil")
     signal = _Lazy("signal")
     socket = _Lazy("socket")
+    socketserver = _Lazy("socketserver")
     sqlite3 = _Lazy("sqlite3")
     ssl = _Lazy("ssl")
     stat = _Lazy("stat")
     struct = _Lazy("struct")
     subprocess = _Lazy("subprocess")
     tempfile = _Lazy("tempfile")
+    termios = _Lazy("termios")
     threading = _Lazy("threading")
     traceback = _Lazy("traceback")
     unicodedata = _Lazy("unicodedata")
@@ -189,6 +204,8 @@ RUN_EVENTS_SHOWN: Final = 1000
 MISSED_MAX: Final = 100  # a schedule that missed more than this is simply off
 POOL_THREADS: Final = 4  # name look-ups and helper processes; each cluster needs one at a time
 LOG_RING_LINES: Final = 2000
+K3S_KUBECONFIG: Final = "/etc/rancher/k3s/k3s.yaml"
+IN_CLUSTER: Final = "in-cluster"  # in place of a kubeconfig's path: the Pod's service account
 PROTOCOL: Final = 1  # of requests and events; a change that old clients would misread raises it
 DEFAULT_SOCKET: Final = "/tmp/fabrik-daemon.sock"  # noqa: S108 - the spec's place, made safe by how it is bound
 SOCKET_PATH_BYTES: Final = 103  # sun_path holds 104 bytes on macOS, 108 on Linux, its end included
@@ -205,6 +222,7 @@ SUBSCRIBER_QUEUE_BYTES: Final = 8 * 2**20  # of one that does not read; then it 
 SNAPSHOT_ROWS: Final = 100  # rows serialised at a time, about 1 ms
 CLIENT_TIMEOUT_S: Final = 10.0  # of a command, for the daemon's answer
 LOCK_POLL_S: Final = 0.02  # where only asking again tells
+HELPERS_END_S: Final = 0.5  # for helper processes that were killed to be gone
 LAST_WORDS_CHARS: Final = 20_000
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -276,6 +294,10 @@ class SocketError(FabrikError):
     """The socket cannot be where it should."""
 
     exit_code, http_status, code = 2, 500, "socket"
+
+
+class TwinError(ConfigError):
+    """A cluster is followed under another name already."""
 
 
 class OtherCacheError(FabrikError):
@@ -435,6 +457,7 @@ class ClusterRow(NamedTuple):
 
     name: str
     server: str | None = None
+    uid: str | None = None
     priority: int = 100
     connected: int = 0
     last_event_at: str | None = None
@@ -473,6 +496,7 @@ class Freshness(NamedTuple):
     connected: bool
     synced_at: str | None  # None: not yet synced
     error: str | None = None
+    skew_s: float = 0.0  # the server's clock less ours
 
 
 class Change(NamedTuple):
@@ -653,6 +677,14 @@ def latest(*times: str | None) -> str | None:
     return max((moment for moment in times if moment), default=None)
 
 
+def parse_http_date(text: str) -> float | None:
+    """Return the seconds since 1970 of an HTTP Date (RFC 9110, section 5.6.7), None where it is none."""
+    try:
+        return email.utils.parsedate_to_datetime(text).timestamp() if text else None
+    except (ValueError, TypeError, IndexError):
+        return None
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for a mistyped word, or what there is to choose from."""
     choices = sorted(known)
@@ -676,8 +708,13 @@ class Timing(NamedTuple):
     backoff_min: float = 0.8  # client-go's reflector
     backoff_max: float = 30.0
     backoff_reset: float = 120.0  # health that ends the back-off
+    initial_list: float = 30.0  # until a streamed list must have ended; older k3s never ends one
+    relist: float = 1800.0  # a consistent list catches what no event told
+    sleep: float = 30.0  # clocks that part by more, or a loop that is later, mean that the host slept
+    files_check: float = 5.0  # whether kubeconfigs, certificates, tokens or clusters.yaml have changed
     forbidden_retry: float = 300.0  # a role may be granted meanwhile
     credentials: float = 30.0  # an exec plugin that takes longer hangs
+    identity: float = 5.0  # for a server to say who it is, before the watches begin without that
     renew_before: float = 60.0  # before a credential expires
     batch: float = 0.05  # the spec's background writer
     cache_retry: float = 1.0  # after a failed commit: the disk may be full
@@ -700,7 +737,7 @@ class ClusterSpec(NamedTuple):
     label_selector: str | None = None
     priority: int = 100
     enabled: bool = True
-    origin: str = "clusters.yaml"
+    is_discovered: bool = False  # in a kubeconfig, rather than named in clusters.yaml
 
 
 class Settings(NamedTuple):
@@ -949,15 +986,50 @@ class Connection(NamedTuple):
     cert_pem: str | None = None
     key_pem: str | None = None
     token: str | None = None
-    expires_at: float | None = None
+    expires_at: float | None = None  # seconds since 1970
+    proxy_url: str | None = None
+    files: tuple[tuple[str, float], ...] = ()  # what all this was read from, and when that was last changed
 
     def __repr__(self) -> str:
         return f"Connection({self.server})"
 
     @property
-    def identity(self) -> tuple[str, str | None]:
+    def identity(self) -> tuple[str, ...]:
         """What tells one cluster from another where nothing better is known: the server and its CA."""
-        return self.server.rstrip("/"), self.ca_pem
+        return self.server.rstrip("/"), self.ca_pem or ""
+
+    def renew_in(self, now: float, timing: Timing) -> float | None:
+        """Return the seconds until the credentials should be resolved anew, None where they do not expire."""
+        return None if self.expires_at is None else max(1.0, self.expires_at - now - timing.renew_before)
+
+
+class Proxy(NamedTuple):
+    """An HTTP proxy that makes tunnels."""
+
+    host: str
+    port: int
+    authorization: str | None
+
+    def connect_request(self, endpoint: Endpoint) -> bytes:
+        """Return the request for a tunnel (RFC 9110, section 9.3.6)."""
+        shown = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
+        lines = [f"CONNECT {shown}:{endpoint.port} HTTP/1.1", f"Host: {shown}:{endpoint.port}"]
+        if self.authorization:
+            lines.append(f"Proxy-Authorization: Basic {self.authorization}")
+        return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
+
+
+def parse_proxy(url: str) -> Proxy:
+    """Return the proxy of a `proxy-url`. Raises ConfigError for other kinds than http://."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port or 80
+    except ValueError:
+        raise ConfigError("proxy-url is no URL", "write http://host:port") from None
+    if parts.scheme != "http" or not parts.hostname:
+        raise ConfigError(f"proxy-url has scheme {parts.scheme!r}", "only http:// proxies are supported")
+    user = urllib.parse.unquote(parts.netloc.rpartition("@")[0])
+    return Proxy(parts.hostname, port, base64.b64encode(user.encode()).decode() if user else None)
 
 
 class Endpoint(NamedTuple):
@@ -1001,16 +1073,18 @@ def parse_kubeconfig(text: str, where: str) -> JsonObject:
 
 
 def fabrik_clusters(document: JsonObject, path: str) -> list[ClusterSpec]:
-    """Return the contexts that are fabrik's: by extension, namespace, or name of the context or its cluster."""
+    """Return the contexts that are fabrik's: by extension, namespace or name; k3d's and k3s's own count as such."""
     found = []
     for entry in list_at(document, "contexts"):
         context, name = object_at(entry, "context"), text_at(entry, "name")
         extensions = {text_at(item, "name") for item in list_at(context, "extensions")}
         named = "fabrik" in (name or "").lower() or "fabrik" in (text_at(context, "cluster") or "").lower()
+        named = named or path == K3S_KUBECONFIG or (name or "").startswith("k3d-")
         namespace = text_at(context, "namespace") or ""
         if name and (named or namespace == "fabrik-runs" or extensions & {"fabrik", "fabrik.dev"}):
             namespaces = (namespace,) if namespace.startswith("fabrik-runs") else ("fabrik-runs",)
-            found.append(ClusterSpec(name, path, context=name, namespaces=namespaces, origin="discovered"))
+            shown = "k3s" if path == K3S_KUBECONFIG and name == "default" else name
+            found.append(ClusterSpec(shown, path, context=name, namespaces=namespaces, is_discovered=True))
     return found
 
 
@@ -1018,7 +1092,8 @@ def connection_from(resolved: JsonObject) -> Connection:
     """Return the connection that the credentials helper printed. Raises ConfigError with its complaint."""
     if "error" in resolved:
         raise ConfigError(str(resolved["error"]))
-    connection = Connection(**{name: resolved[name] for name in Connection._fields if name in resolved})
+    known = {name: resolved[name] for name in Connection._fields if name in resolved and name != "files"}
+    connection = Connection(**known)
     parse_server(connection.server)
     return connection
 
@@ -2918,6 +2993,13 @@ class WatchEvent(NamedTuple):
         value = object_at(self.object, "metadata").get("resourceVersion")
         return value if isinstance(value, str) else ""
 
+    @property
+    def ends_initial_list(self) -> bool:
+        """Whether this bookmark says that a streamed list is whole."""
+        annotations = object_at(self.object, "metadata", "annotations")
+        marked = annotations.get("k8s.io/initial-events-end") == "true"
+        return self.type == "BOOKMARK" and marked and bool(self.resource_version)
+
 
 class LineDecoder:
     """Takes the body of a watch apart: one JSON object a line, whatever the chunks."""
@@ -3101,10 +3183,13 @@ WATCHING: Final = "watching"
 BACKING_OFF: Final = "backing off"
 FORBIDDEN: Final = "forbidden"
 UNAUTHORISED: Final = "unauthorised"
+STALE: Final = "stale"  # the server fell silent: nobody knows what happened since
+_WAITING: Final = frozenset((BACKING_OFF, FORBIDDEN, UNAUTHORISED, STALE))
+_NO_STREAMING: Final = frozenset((400, 405, 422, 501))  # how servers refuse sendInitialEvents
 
 
 class Get(NamedTuple):
-    """Send a GET; what came of an earlier list that was not swapped in is void."""
+    """Send a GET; what came of an earlier list that was not swapped in is void, but for a list's further pages."""
 
     target: str
     watch: bool
@@ -3113,6 +3198,12 @@ class Get(NamedTuple):
 
 class HangUp(NamedTuple):
     """Close the connection, if there is one."""
+
+
+class Keep(NamedTuple):
+    """Keep an event of an initial list until it is swapped in."""
+
+    event: WatchEvent
 
 
 class Apply(NamedTuple):
@@ -3145,179 +3236,305 @@ class Told(NamedTuple):
     retry_at: float | None  # monotonic; None where it goes on by itself
 
 
-Action = Union[Get, HangUp, Apply, Advance, Swap, Renew, Told]
+Action = Union[Get, HangUp, Keep, Apply, Advance, Swap, Renew, Told]
+
+
+class ServerTraits:
+    """What was learnt of one cluster's API server, by whichever of its watches."""
+
+    def __init__(self) -> None:
+        self.streams_lists = True  # WatchList; until it refuses, or never ends an initial list
+        self.sends_bookmarks = True  # until it is silent where they were due
+
+
+class WatchTarget(NamedTuple):
+    """What a machine follows."""
+
+    path: str
+    what: str  # for people: "pods in fabrik-runs"
+    label_selector: str | None = None
+
+
+class Backoff:
+    """How long to wait after a failure: exponentially longer with full jitter, or as long as the server asks."""
+
+    def __init__(self, timing: Timing, jitter: Callable[[], float]) -> None:
+        self._timing = timing
+        self._jitter = jitter
+        self.failures = 0
+
+    def recover(self, healthy_s: float) -> None:
+        """Begin anew after some health."""
+        if healthy_s >= self._timing.backoff_reset:
+            self.failures = 0
+
+    def delay(self, retry_after_s: float | None) -> float:
+        """Count a failure and return the seconds to wait."""
+        ceiling = min(self._timing.backoff_max, self._timing.backoff_min * 2.0 ** min(self.failures, 30))
+        self.failures += 1
+        return ceiling * self._jitter() if retry_after_s is None else retry_after_s + self._jitter()
+
+
+class _Position:
+    """How far a collection is known, and the queries that go on from there."""
+
+    def __init__(self, selector: str | None, version: str | None) -> None:
+        self._selector = {"labelSelector": selector} if selector else {}
+        self.version = version  # where the watch goes on; None: list first
+        self.seen = version  # the last version told, kept when the watch cannot go on from it
+        self.is_consistent = False  # the next list must be the store's own word, not the server's memory
+        self.token = ""  # asks for a list's next page
+        self.is_paged = True
+
+    def advance(self, version: str) -> None:
+        """Take note that everything up to a version is known."""
+        self.version = self.seen = version
+
+    def swap(self, version: str) -> None:
+        """Take note that a list is whole."""
+        self.advance(version)
+        self.token, self.is_paged, self.is_consistent = "", True, False
+
+    def lose(self, *, is_paged: bool = True) -> None:
+        """Take note that the version is of no use: list anew, from the store."""
+        self.version, self.token, self.is_paged, self.is_consistent = None, "", is_paged, True
+
+    def goes_back(self, version: str) -> bool:
+        """Say whether a version is plainly lower than the one before."""
+        seen = self.seen or ""
+        return version.isdigit() and seen.isdigit() and int(version) < int(seen)
+
+    def list_query(self) -> dict[str, str]:
+        """List from the server's memory the first time, then no older than what was seen, else from the store."""
+        paging = {"limit": str(LIST_PAGE_ITEMS)} if self.is_paged else {}
+        if self.token:
+            return {**self._selector, **paging, "continue": self.token}
+        if self.is_consistent:
+            return {**self._selector, **paging}
+        if self.seen:
+            return {**self._selector, "resourceVersion": self.seen, "resourceVersionMatch": "NotOlderThan"}
+        return {**self._selector, **paging, "resourceVersion": "0"}  # the server ignores the limit then
+
+    def watch_query(self, seconds: float, *, streams_list: bool) -> dict[str, str]:
+        """Watch, or have the server send what there is as events first (API concepts, "Streaming lists")."""
+        query = {**self._selector, "watch": "true", "allowWatchBookmarks": "true"}
+        query["timeoutSeconds"] = str(max(1, int(seconds)))
+        if streams_list:
+            return {**query, "sendInitialEvents": "true", "resourceVersionMatch": "NotOlderThan"}
+        return {**query, "resourceVersion": self.version or ""}
+
+
+class _Request:
+    """The present request, and what came of it."""
+
+    def __init__(self, began_at: float, *, initial: bool) -> None:
+        self.began_at = began_at
+        self.initial = initial  # a watch that begins with an initial list, which has not ended
+        self.is_open = False  # its response has begun
+        self.heard = False  # any event at all, bookmarks included
+        self.events = 0  # of objects
 
 
 class WatchMachine:
     """Follows one collection as client-go's reflector does: list, watch, go on; expire, back off, begin again.
 
     It does no I/O. Each method takes the monotonic time and returns what to do; `deadline` is when `due` wants to be
-    called. Resource versions are opaque: they are kept and sent back, never compared.
+    called. Resource versions are opaque and only sent back; but where one is plainly lower than the one before, the
+    server has an older state than it had, and everything is listed anew.
     """
 
     def __init__(
         self,
-        path: str,
-        label_selector: str | None,
+        target: WatchTarget,
+        traits: ServerTraits,
         timing: Timing,
-        jitter: Callable[[], float],
-        resource_version: str | None = None,
+        jitter: Callable[[], float],  # uniform in [0, 1)
+        resource_version: str | None = None,  # where to go on; None: list first
     ) -> None:
-        self._path = path
-        self._selector = {"labelSelector": label_selector} if label_selector else {}
+        self._target = target
+        self._traits = traits
         self._timing = timing
-        self._jitter = jitter  # uniform in [0, 1)
-        self._version = resource_version  # None: list first
-        self._continue = ""
-        self._paged = True
-        self._failures = 0
+        self._jitter = jitter
+        self._backoff = Backoff(timing, jitter)
+        self._position = _Position(target.label_selector, resource_version)
+        self._request = _Request(0.0, initial=False)
         self._renewed = False
-        self._began_at = 0.0  # of the present request
-        self._events = 0  # of the present watch
-        self._open = False  # the present watch's response has begun
-        self._heard = False  # anything at all in the present watch
-        self._bookmarks = True  # until a server is seen to send none
+        self._due_at = 0.0
+        self._healthy_since = 0.0
+        self._relist_at = math.inf
         self.state = CONNECTING
-        self.deadline: float | None = None
+
+    @property
+    def deadline(self) -> float:
+        """When `due` is to be called; it may move on meanwhile."""
+        following = self.state == WATCHING and self._request.is_open
+        return min(self._due_at, self._relist_at) if following else self._due_at
 
     def start(self, now: float) -> list[Action]:
         """Begin, or begin again at once."""
-        return self._list(now) if self._version is None else self._watch(now)
+        if self._position.version is not None:
+            return self._watch(now)
+        return self._watch(now, initial=True) if self._traits.streams_lists else self._list(now)
+
+    def relist(self, reason: str, now: float) -> list[Action]:
+        """List everything anew from the store; what there is to know meanwhile is not known."""
+        self.forget()
+        return [HangUp(), *self._enter(LISTING, reason, now), *self.start(now)]
+
+    def forget(self) -> None:
+        """Have the next start list everything anew."""
+        self._position.lose()
+
+    def recycle(self, reason: str, now: float) -> list[Action]:
+        """Give up a connection that cannot be trusted any more, and go on from the last event a moment later."""
+        return [HangUp(), *self._enter(STALE, reason, now + self._timing.backoff_min * self._jitter())]
 
     def heard(self, now: float) -> None:
         """Take note of bytes: the connection lives."""
-        self.deadline = now + self._patience()
+        if not self._request.initial:
+            self._due_at = now + self._patience()
 
     def on_page(self, resource_version: str, continue_token: str, now: float) -> list[Action]:
         """Take in the end of a list response, all items of which the caller has kept."""
         if continue_token:
-            self._continue = continue_token
+            self._position.token = continue_token
             return self._list(now)
-        self._continue, self._paged, self._version = "", True, resource_version
-        return [Swap(resource_version), *self._watch(now)]
+        if self._position.goes_back(resource_version) and not self._position.is_consistent:
+            return self.relist("resource versions went back", now)
+        return [*self._swap(resource_version, now), *self._watch(now)]
 
     def on_watch_open(self, now: float) -> list[Action]:
         """Take in the head of a watch's response."""
-        self._renewed, self._open = False, True
-        return self._enter(WATCHING, "", now + self._patience())
+        self._renewed, self._request.is_open = False, True
+        if self._request.initial:
+            return self._enter(LISTING, "", now + self._timing.initial_list)
+        return self._follow(now)
 
-    def on_event(self, event: WatchEvent, now: float) -> list[Action]:
+    def on_event(self, event: WatchEvent, now: float) -> list[Action]:  # noqa: PLR0911 - one return a kind
         """Take in one event of a watch."""
-        self._heard = True
+        self._request.heard = True
         if event.type == "ERROR":
             return self.on_refusal(refusal_from_status(500, event.object), now)
         version = event.resource_version
-        if event.type == "BOOKMARK":
-            self._version = version or self._version
-            return [Advance(version)] if version else []
+        if self._request.initial and not event.ends_initial_list:
+            return [Keep(event)] if event.type != "BOOKMARK" else []  # without order, and advancing nothing
+        if self._request.initial:
+            self._request.initial = False
+            return [*self._swap(version, now), *self._follow(now)]
+        if version and self._position.goes_back(version):
+            return self.relist("resource versions went back", now)
+        if event.type == "BOOKMARK" and version:
+            self._position.advance(version)
+            return [Advance(version)]
         if event.type not in ("ADDED", "MODIFIED", "DELETED") or not version:
             return self.on_failure(f"an event of unknown type {clip(event.type)!r} or without a version", now)
-        self._events += 1
-        self._version = version
+        self._request.events += 1
+        self._position.advance(version)
         return [Apply(event)]
 
     def on_watch_end(self, now: float) -> list[Action]:
         """Take in a watch's clean end: its time is over, go on from the last version."""
-        if not self._events and now - self._began_at < EMPTY_WATCH_S:
-            return self._retry("the server ends watches at once", now)
-        if not self._heard and now - self._began_at > self._timing.idle:
-            self._bookmarks = False
-        self._recover(now)
+        if self._request.initial:
+            return self._without_streaming(now)
+        if not self._request.events and now - self._request.began_at < EMPTY_WATCH_S:
+            return self.on_failure("the server ends watches at once", now)
+        if not self._request.heard and now - self._request.began_at > self._timing.idle:
+            self._traits.sends_bookmarks = False
         return self._watch(now)
 
     def on_refusal(self, refusal: Refusal, now: float) -> list[Action]:
         """Take in a response other than 200, or an ERROR event."""
+        if self._request.initial and refusal.code in _NO_STREAMING:
+            return self._without_streaming(now)
         if refusal.is_expired:
             return self._expired(now)
         if refusal.code == 401:
             return self._unauthorised(refusal, now)
         if refusal.code == 403:
-            retry_at = now + self._timing.forbidden_retry * (0.9 + 0.2 * self._jitter())
-            return [HangUp(), *self._enter(FORBIDDEN, refusal.message, retry_at)]
+            error = f"no right to {'list' if self.state == LISTING else 'watch'} {self._target.what}: {refusal.message}"
+            return [HangUp(), *self._enter(FORBIDDEN, error, now + self._timing.forbidden_retry)]
         if refusal.code in (400, 422) or "resource version" in refusal.message.lower():
-            self._version = None  # not one of this server's: list anew
-        return self._retry(refusal.message, now, refusal.retry_after_s)
+            self._position.lose()  # too large, or not one of this server's
+        return self.on_failure(refusal.message, now, refusal.retry_after_s)
 
-    def on_failure(self, error: str, now: float) -> list[Action]:
+    def on_failure(
+        self, error: str, now: float, retry_after_s: float | None = None, *, state: str = BACKING_OFF
+    ) -> list[Action]:
         """Take in that there was no connection, or no more: go on from the last whole event after a while."""
-        self._recover(now)
-        return self._retry(error, now)
+        if self.state == WATCHING:
+            self._backoff.recover(now - self._healthy_since)
+        self._position.token = ""
+        return [HangUp(), *self._enter(state, error, now + self._backoff.delay(retry_after_s))]
 
     def due(self, now: float) -> list[Action]:
         """Take in that the deadline has come."""
-        if self.state not in (WATCHING, LISTING, CONNECTING):
+        if self.state in _WAITING:
             return self.start(now)
-        if not self._open:
+        if now < self._due_at:  # a consistent list catches what no event told
+            return self.relist("", now)
+        if not self._request.is_open:
             return self.on_failure(f"no answer for {self._timing.answer:g} s", now)
-        if not self._heard:  # not even a bookmark: this server sends none, or the version is not one of its own
-            self._bookmarks, self._version = False, None
-        return self.on_failure(f"silent for {now - self._began_at:.0f} s", now)
+        if self._request.initial:
+            return self._without_streaming(now)
+        if self.state == WATCHING and not self._request.heard:  # a server without bookmarks, or not its version
+            self._traits.sends_bookmarks = False
+            self._position.lose()
+        return self.on_failure(f"silent for {now - self._due_at + self._patience():.0f} s", now, state=STALE)
 
     def _list(self, now: float) -> list[Action]:
-        query = {**self._selector}
-        if self._paged:
-            query["limit"] = str(LIST_PAGE_ITEMS)
-        if self._continue:
-            query["continue"] = self._continue
-        return self._get(query, LISTING, now)
+        return self._get(self._position.list_query(), LISTING, now, initial=False)
 
-    def _watch(self, now: float) -> list[Action]:
-        seconds = int(self._timing.watch_timeout * (1 + self._jitter()))
-        query = {
-            **self._selector,
-            "watch": "true",
-            "allowWatchBookmarks": "true",
-            "resourceVersion": self._version or "",
-            "timeoutSeconds": str(max(1, seconds)),
-        }
-        self._events, self._heard = 0, False
-        return self._get(query, CONNECTING if self.state != WATCHING else WATCHING, now)
+    def _watch(self, now: float, *, initial: bool = False) -> list[Action]:
+        seconds = self._timing.watch_timeout * (1 + self._jitter())
+        query = self._position.watch_query(seconds, streams_list=initial)
+        state = LISTING if initial else WATCHING if self.state == WATCHING else CONNECTING
+        return self._get(query, state, now, initial=initial)
 
-    def _get(self, query: Mapping[str, str], state: str, now: float) -> list[Action]:
-        self._began_at, self._open = now, False
-        watch = "watch" in query
-        target = f"{self._path}?{urllib.parse.urlencode(query)}"
-        entered = self._enter(state, "", now + self._timing.answer)
-        return [*entered, Get(target, watch, first_page=not watch and not self._continue)]
+    def _get(self, query: Mapping[str, str], state: str, now: float, *, initial: bool) -> list[Action]:
+        self._request = _Request(now, initial=initial)
+        target = f"{self._target.path}?{urllib.parse.urlencode(query)}"
+        return [
+            *self._enter(state, "", now + self._timing.answer),
+            Get(target, "watch" in query, "continue" not in query),
+        ]
+
+    def _swap(self, version: str, now: float) -> list[Action]:
+        self._position.swap(version)
+        self._relist_at = now + self._timing.relist * (0.9 + 0.2 * self._jitter())
+        return [Swap(version)]
+
+    def _without_streaming(self, now: float) -> list[Action]:
+        self._traits.streams_lists = False
+        return [HangUp(), *self._list(now)]
+
+    def _follow(self, now: float) -> list[Action]:
+        self._healthy_since, self.state = self._healthy_since if self.state == WATCHING else now, WATCHING
+        return self._enter(WATCHING, "", now + self._patience())
 
     def _patience(self) -> float:
-        if not self._open:
+        if self.state != WATCHING or not self._request.is_open:
             return self._timing.answer
-        return self._timing.idle if self._bookmarks else self._timing.watch_timeout * 2 + self._timing.idle
-
-    def _recover(self, now: float) -> None:
-        if self.state == WATCHING and now - self._began_at >= self._timing.backoff_reset:
-            self._failures = 0
+        return self._timing.idle if self._traits.sends_bookmarks else self._timing.watch_timeout * 2 + self._timing.idle
 
     def _expired(self, now: float) -> list[Action]:
         """List anew: at once the first time, then paced; an expired continue token asks for one list without pages."""
-        self._paged = not self._continue
-        self._version, self._continue = None, ""
-        if self._failures:
-            return self._retry("the resource version expired", now)
-        self._failures = 1
-        return [HangUp(), *self._list(now)]
+        self._position.lose(is_paged=not self._position.token)
+        if self._backoff.failures:
+            return self.on_failure("the resource version expired", now)
+        self._backoff.failures = 1
+        again = self.start if self._position.is_paged else self._list
+        return [HangUp(), *self._enter(LISTING, "the resource version expired", now), *again(now)]
 
     def _unauthorised(self, refusal: Refusal, now: float) -> list[Action]:
         if not self._renewed:
             self._renewed = True
-            until = now + self._timing.credentials + self._timing.backoff_max
-            return [HangUp(), *self._enter(UNAUTHORISED, refusal.message, until, waits=False), Renew()]
-        self._retry(refusal.message, now)
-        return [HangUp(), *self._enter(UNAUTHORISED, refusal.message, self.deadline or now)]
+            self._enter(UNAUTHORISED, refusal.message, now + self._timing.credentials + self._timing.backoff_max)
+            return [HangUp(), Told(UNAUTHORISED, refusal.message, None), Renew()]
+        return self.on_failure(refusal.message, now, state=UNAUTHORISED)
 
-    def _retry(self, error: str, now: float, retry_after_s: float | None = None) -> list[Action]:
-        """Back off: exponentially with full jitter, or as long as the server asks."""
-        ceiling = min(self._timing.backoff_max, self._timing.backoff_min * 2.0 ** min(self._failures, 30))
-        self._failures += 1
-        self._continue = ""
-        delay = ceiling * self._jitter() if retry_after_s is None else retry_after_s + self._jitter()
-        return [HangUp(), *self._enter(BACKING_OFF, error, now + delay)]
-
-    def _enter(self, state: str, error: str, deadline: float, *, waits: bool = True) -> list[Action]:
-        self.state, self.deadline = state, deadline
-        waits = waits and state in (BACKING_OFF, FORBIDDEN, UNAUTHORISED)
-        return [Told(state, error, deadline if waits else None)]
+    def _enter(self, state: str, error: str, due_at: float) -> list[Action]:
+        self.state, self._due_at = state, due_at
+        return [Told(state, error, due_at if state in _WAITING else None)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3877,6 +4094,452 @@ def _cut(text: str, width: int | None) -> str:
     return "".join(kept) + "~"
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Demo script
+# ----------------------------------------------------------------------------------------------------------------------
+
+DEMO_CLUSTERS: Final = ("dev", "prod")
+DEMO_NAMESPACE: Final = "fabrik-runs"
+DEMO_S: Final = 60.0  # how long the script lasts
+_REPORT_S: Final = 3.0  # Smithers reports every 30 s; a demo of a minute cannot wait for that
+_TASKS: Final = 48  # of every run
+_MANAGED: Final = {"app.kubernetes.io/managed-by": "fabrik", FABRIK_PREFIX + "managed-by": "fabrik"}
+_IMAGE: Final = "ghcr.io/acme/fabrik-smithers:1.8.2"
+_CROCKFORD: Final = "0123456789abcdefghjkmnpqrstvwxyz"
+_TASK_WORDS: Final = {"discover": "scan", "implement": "impl", "validate": "test", "human-gate": "gate"}
+_OLDER_WORDS: Final = {"discover": "interview", "human-gate": "gate"}
+_API_KINDS: Final = {
+    JOBS.name: "Job",
+    CRONJOBS.name: "CronJob",
+    PODS.name: "Pod",
+    VOLUMES.name: "PersistentVolumeClaim",
+    EVENTS.name: "Event",
+}
+
+
+class DemoStep(NamedTuple):
+    """What happens to one object of a scripted cluster, and when; before 0 s: it was so when the demo began."""
+
+    at_s: float
+    cluster: str
+    resource: str
+    type: str  # ADDED, MODIFIED, DELETED
+    object: JsonObject
+
+
+def demo_steps(started_at: float) -> list[DemoStep]:
+    """Return the script in the order of its times: the same for the same start."""
+    steps: list[DemoStep] = []
+    for cluster, spec, life in _CAST:
+        actor = _Actor(cluster, spec, started_at)
+        life(actor)
+        steps += actor.steps
+    return sorted([*steps, *_schedule_steps(started_at)], key=lambda step: step.at_s)
+
+
+def api_kind(resource_name: str) -> str:
+    """Return the kind of a watched resource's objects."""
+    return _API_KINDS[resource_name]
+
+
+class _Actor:
+    """One run of the script: each method lets something happen to its objects, and `steps` keeps it."""
+
+    def __init__(self, cluster: str, spec: str, started_at: float) -> None:
+        self.steps: list[DemoStep] = []
+        self._cluster = cluster
+        self._spec = spec
+        self._started_at = started_at
+        self._is_older = cluster == "prod"  # so that both dialects and both sets of words are used
+        self._known: set[tuple[str, str]] = set()  # resource and name
+        self._job: JsonObject = {}
+        self._owner: JsonObject = {}
+        self._pods = 0  # so far; the last one counts
+        self._pod: JsonObject = {}
+        self._volume: JsonObject = {}
+        self._warned: dict[str, list[float]] = {}  # an Event's name -> when
+        self._finished = 0
+
+    def submit(self, at_s: float) -> None:
+        """Make the run's Job, its workspace and, a moment later, its Pod."""
+        run_id = _ulid(self._started_at + at_s, self._spec)
+        spec_key = "spec" if self._is_older else "spec-id"
+        labels = {"run-id": run_id, spec_key: self._spec, "template": "coding", "project": "shop"}
+        self.submit_as(at_s, f"fabrik-{run_id}", labels)
+        volume = self._object(at_s, VOLUMES, f"data-fabrik-{run_id}", {"run-id": run_id})
+        requests = {"requests": {"storage": "10Gi"}}
+        volume["spec"] = {"accessModes": ["ReadWriteOnce"], "resources": requests, "storageClassName": "local-path"}
+        self._volume = self._tell(at_s, VOLUMES, {**volume, "status": {"phase": "Pending"}})
+        self.add_pod(at_s + 0.3)
+        bound = {"phase": "Bound", "capacity": {"storage": "10Gi"}}
+        self._volume = self._tell(at_s + 0.9, VOLUMES, {**self._volume, "status": bound})
+
+    def submit_as(self, at_s: float, name: str, labels: JsonObject, owner: JsonObject | None = None) -> None:
+        """Make the run's Job by this name."""
+        job = self._object(at_s, JOBS, name, labels)
+        job["metadata"]["ownerReferences"] = [owner] if owner else []
+        template = {"spec": {"containers": [{"name": "smithers", "image": _IMAGE}], "restartPolicy": "Never"}}
+        job["spec"] = {"backoffLimit": 0, "suspend": False, "template": template}
+        self._job = self._tell(at_s, JOBS, {**job, "status": {"startTime": self._time(at_s), "active": 1}})
+        self._owner = _owner_reference(self._job, JOBS)
+
+    def add_pod(self, at_s: float) -> None:
+        """Make the Job's next Pod, which waits for a node."""
+        self._pods += 1
+        job = object_at(self._job, "metadata")
+        labels = {key[len(FABRIK_PREFIX) :]: job["labels"][key] for key in job["labels"] if key not in _MANAGED}
+        name = f"{job['name']}-{_digits(job['uid'] + str(self._pods), 5)}"
+        pod = self._object(at_s, PODS, name, labels)
+        pod["metadata"]["ownerReferences"] = [self._owner]
+        pod["metadata"]["labels"]["batch.kubernetes.io/job-name"] = job["name"]
+        pod["metadata"]["annotations"] = {}
+        pod["spec"] = {"containers": [{"name": "smithers", "image": _IMAGE}], "restartPolicy": "Never"}
+        self._pod = self._tell(at_s, PODS, {**pod, "status": {"phase": "Pending"}})
+
+    def fail_to_schedule(self, at_s: float) -> None:
+        """Find no node for the Pod, once more."""
+        message = "0/3 nodes are available: 3 Insufficient memory."
+        condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
+        self._set_pod(at_s, {"phase": "Pending", "conditions": [condition]})
+        self._warn(at_s, PODS, "FailedScheduling", message)
+
+    def fail_to_pull(self, at_s: float) -> None:
+        """Find no image for the Pod, once more."""
+        self._set_pod(at_s, _pod_status("Pending", {"waiting": {"reason": "ImagePullBackOff"}}))
+        self._warn(at_s, PODS, "BackOff", f'Back-off pulling image "{_IMAGE}"')
+
+    def begin(self, at_s: float) -> None:
+        """Let the Pod's init container run, then its main one."""
+        initial = {"name": "checkout", "image": _IMAGE, "state": {"running": {"startedAt": self._time(at_s)}}}
+        status = _pod_status("Pending", {"waiting": {"reason": "PodInitializing"}}, self._time(at_s))
+        self._set_pod(at_s, {**status, "initContainerStatuses": [initial]})
+        running = {"running": {"startedAt": self._time(at_s + 1.5)}}
+        self._set_pod(at_s + 1.5, _pod_status("Running", running, self._time(at_s)))
+
+    def work(self, phase: str, from_s: float, to_s: float, finished: int) -> None:
+        """Report every few seconds from a phase, until so many tasks are finished."""
+        reports = max(1, int((to_s - from_s) / _REPORT_S))
+        before = self._finished
+        for number in range(reports + 1):
+            done = before + (finished - before) * number // reports
+            self._report(from_s + (to_s - from_s) * number / reports, phase, done)
+
+    def wait_for_person(self, from_s: float, to_s: float) -> None:
+        """Stand at the human gate; the heartbeat goes on."""
+        self.work("human-gate", from_s, to_s, self._finished)
+
+    def finish(self, at_s: float) -> None:
+        """Report the end, and let Pod and Job complete."""
+        self._report(at_s, "done", _TASKS)
+        self._end_pod(at_s + 0.5, "Succeeded", {"exitCode": 0, "reason": "Completed"})
+        self._end_job(at_s + 0.8, "SuccessCriteriaMet", "CompletionsReached")
+        self._end_job(at_s + 1.2, "Complete", "CompletionsReached")
+
+    def run_out_of_memory(self, at_s: float) -> None:
+        """Let the kernel kill the container, and the Job fail with it."""
+        self._end_pod(at_s, "Failed", {"exitCode": 137, "reason": "OOMKilled"})
+        self._end_job(at_s + 0.4, "FailureTarget", "BackoffLimitExceeded")
+        self._end_job(at_s + 0.8, "Failed", "BackoffLimitExceeded")
+        self._warn(at_s + 0.8, JOBS, "BackoffLimitExceeded", "Job has reached the specified backoff limit")
+
+    def exceed_deadline(self, at_s: float) -> None:
+        """Let the Job run out of time; its Pod is ended."""
+        self._end_job(at_s, "FailureTarget", "DeadlineExceeded")
+        self._warn(at_s, JOBS, "DeadlineExceeded", "Job was active longer than specified deadline")
+        self._delete_pod(at_s + 0.2)
+        self._end_job(at_s + 1.4, "Failed", "DeadlineExceeded")
+
+    def evict(self, at_s: float) -> None:
+        """Let the node throw the Pod out; the Job makes another one."""
+        message = "The node was low on resource: memory."
+        self._set_pod(at_s, {"phase": "Failed", "reason": "Evicted", "message": message})
+        self._warn(at_s, PODS, "Evicted", message)
+        self.add_pod(at_s + 2)
+
+    def cancel(self, at_s: float) -> None:
+        """Let a user cancel the run: all its objects go."""
+        self._job["metadata"]["labels"][FABRIK_PREFIX + "status"] = CANCELLED
+        self._tell(at_s, JOBS, self._job)
+        self._delete(at_s + 0.6, JOBS, self._job)
+        self._delete_pod(at_s + 0.8)
+        self._delete(at_s + 2.2, VOLUMES, self._volume)
+
+    def suspend(self, at_s: float) -> None:
+        """Let a user suspend the Job; its Pod is ended."""
+        condition = {"type": "Suspended", "status": "True", "reason": "JobSuspended"}
+        self._job["spec"]["suspend"] = True
+        self._job = self._tell(at_s, JOBS, {**self._job, "status": {"conditions": [condition]}})
+        self._delete_pod(at_s + 0.2)
+
+    def resume(self, at_s: float) -> None:
+        """Let a user resume the Job, which makes another Pod."""
+        self._job["spec"]["suspend"] = False
+        status = {"startTime": self._time(at_s), "active": 1}
+        self._job = self._tell(at_s, JOBS, {**self._job, "status": status})
+        self.add_pod(at_s + 0.3)
+
+    def _report(self, at_s: float, phase: str, finished: int) -> None:
+        self._finished = finished
+        dialect = _older_report if self._is_older else _newer_report
+        told, labels = dialect(phase, f"{min(finished + 1, _TASKS)}:{_TASK_WORDS.get(phase, phase)}", finished)
+        told.update(updated=self._time(at_s))
+        metadata = self._pod["metadata"]
+        metadata["annotations"] = {FABRIK_PREFIX + key: value for key, value in told.items()}
+        metadata["labels"].update((FABRIK_PREFIX + key, value) for key, value in labels.items())
+        self._set_pod(at_s, self._pod["status"])
+
+    def _set_pod(self, at_s: float, status: JsonObject) -> None:
+        self._pod = self._tell(at_s, PODS, {**self._pod, "status": status})
+
+    def _end_pod(self, at_s: float, phase: str, terminated: JsonObject) -> None:
+        ended = {"terminated": {**terminated, "finishedAt": self._time(at_s)}}
+        self._set_pod(at_s, _pod_status(phase, ended, self._pod["status"].get("startTime")))
+
+    def _end_job(self, at_s: float, kind: str, reason: str) -> None:
+        status = {**self._job["status"], "active": 0}
+        condition = {"type": kind, "status": "True", "reason": reason, "lastTransitionTime": self._time(at_s)}
+        status["conditions"] = [*status.get("conditions", ()), condition]
+        if kind == "Complete":
+            status.update(succeeded=1, completionTime=self._time(at_s))
+        self._job = self._tell(at_s, JOBS, {**self._job, "status": status})
+
+    def _delete_pod(self, at_s: float) -> None:
+        self._pod["metadata"]["deletionTimestamp"] = self._time(at_s)
+        self._tell(at_s, PODS, self._pod)
+        self._delete(at_s + 1, PODS, self._pod)
+
+    def _warn(self, at_s: float, kind: Resource, reason: str, message: str) -> None:
+        """Tell a Warning Event about the Job or the Pod; the same one again has only a higher count."""
+        target = (self._job if kind is JOBS else self._pod)["metadata"]
+        name = f"{target['name']}.{_digits(target['uid'] + reason, 16)}"
+        told = self._warned.setdefault(name, [])
+        told.append(at_s)
+        event = self._object(told[0], EVENTS, name, {})
+        about = {key: target[key] for key in ("namespace", "name", "uid")}
+        event["involvedObject"] = {"kind": _API_KINDS[kind.name], **about}
+        event.update(type="Warning", reason=reason, message=message, count=len(told))
+        event.update(firstTimestamp=self._time(told[0]), lastTimestamp=self._time(at_s))
+        self._tell(at_s, EVENTS, event)
+
+    def _object(self, at_s: float, kind: Resource, name: str, labels: JsonObject) -> JsonObject:
+        return _bare_object(self._cluster, kind, name, self._time(at_s), labels)
+
+    def _tell(self, at_s: float, kind: Resource, item: JsonObject) -> JsonObject:
+        """Note that an object is like this now, and return it; what is changed later does not reach the note."""
+        key = kind.name, item["metadata"]["name"]
+        verb = "MODIFIED" if key in self._known else "ADDED"
+        self._known.add(key)
+        self.steps.append(DemoStep(at_s, self._cluster, kind.name, verb, _copy_of(item)))
+        return item
+
+    def _delete(self, at_s: float, kind: Resource, item: JsonObject) -> None:
+        self._known.discard((kind.name, item["metadata"]["name"]))
+        self.steps.append(DemoStep(at_s, self._cluster, kind.name, "DELETED", _copy_of(item)))
+
+    def _time(self, at_s: float) -> str:
+        return format_time(self._started_at + at_s)
+
+
+def _newer_report(phase: str, task: str, finished: int) -> tuple[dict[str, str], dict[str, str]]:
+    """Return single annotations, and labels."""
+    progress = json.dumps({"finished": finished, "total": _TASKS})
+    status = BLOCKED if phase == "human-gate" else FINISHED if phase == "done" else RUNNING
+    labels = {"phase": phase, "status": status, "task": task.replace(":", "-")}
+    return {"task": task, "progress": progress, "attempt": "1", "iteration": "0"}, labels
+
+
+def _older_report(phase: str, task: str, finished: int) -> tuple[dict[str, str], dict[str, str]]:
+    """Return one annotation that holds it all, with the older words for phases, and no labels."""
+    progress = {"finished": finished, "total": _TASKS}
+    said = {"phase": _OLDER_WORDS.get(phase, phase), "current_task": task, "attempt": 1, "progress": progress}
+    return {"status": json.dumps(said)}, {}
+
+
+def _finished_before(run: _Actor) -> None:
+    run.submit(-5400)
+    run.begin(-5398)
+    run.finish(-1800)
+
+
+def _runs_from_before(run: _Actor) -> None:
+    run.submit(-600)
+    run.begin(-598)
+    run.work("implement", -6, 12, 34)
+    run.work("validate", 13, 22, 44)
+    run.work("review", 23, 32, 47)
+    run.finish(34)
+
+
+def _whole_life(run: _Actor) -> None:
+    run.submit(2)
+    run.begin(4)
+    run.work("discover", 7, 13, 6)
+    run.work("implement", 14, 29, 32)
+    run.work("validate", 30, 39, 42)
+    run.work("review", 40, 49, 47)
+    run.finish(51)
+
+
+def _pulls_late(run: _Actor) -> None:
+    run.submit(4)
+    for at_s in (6, 9, 13, 18, 24):
+        run.fail_to_pull(at_s)
+    run.begin(28)
+    run.work("discover", 31, 37, 7)
+    run.work("implement", 38, DEMO_S, 25)
+
+
+def _out_of_memory(run: _Actor) -> None:
+    run.submit(6)
+    run.begin(7)
+    run.work("discover", 9, 12, 4)
+    run.work("implement", 13, 22, 19)
+    run.run_out_of_memory(24)
+
+
+def _cancelled(run: _Actor) -> None:
+    run.submit(10)
+    run.begin(11)
+    run.work("discover", 13, 19, 5)
+    run.work("implement", 20, 29, 14)
+    run.cancel(31)
+
+
+def _suspended(run: _Actor) -> None:
+    run.submit(-240)
+    run.begin(-238)
+    run.work("implement", -3, 14, 22)
+    run.suspend(16)
+    run.resume(30)
+    run.begin(32)
+    run.work("implement", 34, 43, 38)
+    run.work("validate", 44, 53, 47)
+    run.finish(55)
+
+
+def _approved(run: _Actor) -> None:
+    run.submit(3)
+    run.begin(5)
+    run.work("discover", 7, 13, 9)
+    run.work("implement", 14, 23, 45)
+    run.wait_for_person(24, 42)
+    run.work("validate", 43, 49, 47)
+    run.finish(50)
+
+
+def _waits_for_approval(run: _Actor) -> None:
+    run.submit(-900)
+    run.begin(-898)
+    run.work("review", -9, 27, 46)
+    run.wait_for_person(28, DEMO_S)
+
+
+def _too_slow(run: _Actor) -> None:
+    run.submit(-30)
+    run.begin(-28)
+    run.work("implement", -6, 36, 17)
+    run.exceed_deadline(37)
+
+
+def _evicted(run: _Actor) -> None:
+    run.submit(8)
+    run.begin(9)
+    run.work("discover", 11, 14, 5)
+    run.work("implement", 15, 21, 16)
+    run.evict(23)
+    run.begin(27)
+    run.work("implement", 29, 38, 39)
+    run.work("validate", 39, 45, 44)
+    run.work("review", 46, 52, 47)
+    run.finish(53)
+
+
+def _never_fits(run: _Actor) -> None:
+    run.submit(12)
+    for at_s in (13, 19, 28, 40, 54):
+        run.fail_to_schedule(at_s)
+
+
+_CAST: Final[tuple[tuple[str, str, Callable[[_Actor], None]], ...]] = (
+    ("dev", "search-index", _finished_before),
+    ("prod", "checkout-taxes", _waits_for_approval),
+    ("dev", "cart-totals", _runs_from_before),
+    ("dev", "stock-sync", _suspended),
+    ("prod", "price-import", _too_slow),
+    ("dev", "login-form", _whole_life),
+    ("dev", "refund-flow", _approved),
+    ("dev", "image-resize", _pulls_late),
+    ("dev", "report-export", _out_of_memory),
+    ("prod", "mail-queue", _evicted),
+    ("dev", "audit-trail", _cancelled),
+    ("prod", "train-ranking", _never_fits),
+)
+
+
+def _schedule_steps(started_at: float) -> list[DemoStep]:
+    """Return the life of a schedule that makes two runs."""
+    minute = int(started_at // 60)
+    born_at = format_time(started_at - 86400)
+    name = "fabrik-schedule-nightly"
+    cronjob = _bare_object("prod", CRONJOBS, name, born_at, {"schedule-id": "nightly"})
+    cronjob["spec"] = {"schedule": "* * * * *", "timeZone": "Etc/UTC", "concurrencyPolicy": "Forbid", "suspend": False}
+    owner = _owner_reference(cronjob, CRONJOBS)
+    last: JsonObject = {"lastScheduleTime": format_time(60.0 * (minute - 1))}
+    steps = [DemoStep(-1, "prod", CRONJOBS.name, "ADDED", {**cronjob, "status": last})]
+    for number, at_s in enumerate((5.0, 38.0)):
+        run = _Actor("prod", "nightly", started_at)
+        run.submit_as(at_s, f"{name}-{minute + number}", {"schedule-id": "nightly"}, owner)
+        run.add_pod(at_s + 0.3)
+        run.begin(at_s + 1)
+        run.work("validate", at_s + 3, at_s + 15, 44)
+        run.finish(at_s + 17)
+        active = [{"kind": "Job", "name": f"{name}-{minute + number}"}]
+        last = {**last, "lastScheduleTime": format_time(60.0 * (minute + number))}
+        ended = {**last, "lastSuccessfulTime": format_time(started_at + at_s + 18)}
+        states = ((at_s + 0.1, {**last, "active": active}), (at_s + 18.5, ended))
+        steps += [DemoStep(at, "prod", CRONJOBS.name, "MODIFIED", {**cronjob, "status": was}) for at, was in states]
+        steps += run.steps
+        last = ended
+    return steps
+
+
+def _pod_status(phase: str, state: JsonObject, started_at: str | None = None) -> JsonObject:
+    container = {"name": "smithers", "image": _IMAGE, "ready": phase == "Running", "restartCount": 0, "state": state}
+    return {"phase": phase, "startTime": started_at, "containerStatuses": [container]}
+
+
+def _bare_object(cluster: str, kind: Resource, name: str, created_at: str, labels: JsonObject) -> JsonObject:
+    metadata: JsonObject = {
+        "name": name,
+        "namespace": DEMO_NAMESPACE,
+        "uid": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{cluster}/{kind.name}/{name}")),
+        "creationTimestamp": created_at,
+    }
+    if kind is not EVENTS:
+        metadata["labels"] = {**_MANAGED, **{FABRIK_PREFIX + key: value for key, value in labels.items()}}
+    return {"metadata": metadata}
+
+
+def _owner_reference(item: JsonObject, kind: Resource) -> JsonObject:
+    named = {key: item["metadata"][key] for key in ("name", "uid")}
+    return {"apiVersion": "batch/v1", "kind": _API_KINDS[kind.name], **named, "controller": True}
+
+
+def _copy_of(item: JsonObject) -> JsonObject:
+    copied: JsonObject = json.loads(json.dumps(item))
+    return copied
+
+
+def _ulid(created_at: float, seed: str) -> str:
+    """Return a lower-case ULID of this time (github.com/ulid/spec), its chance taken from the seed."""
+    value = int(created_at * 1000) << 80 | uuid.uuid5(uuid.NAMESPACE_URL, seed).int >> 48
+    return "".join(_CROCKFORD[value >> 5 * place & 31] for place in reversed(range(26)))
+
+
+def _digits(seed: str, length: int) -> str:
+    return uuid.uuid5(uuid.NAMESPACE_URL, seed).hex[:length]
+
+
 # ======================================================================================================================
 # Shell: sockets, clocks, files and threads
 # ======================================================================================================================
@@ -3908,6 +4571,8 @@ class Reactor:
         self._order = itertools.count()
         self._soon: deque[Callable[[], None]] = deque()
         self._running = False
+        self._sleep_s = math.inf
+        self._on_sleep: Callable[[], None] = lambda: None
         self._pool = concurrent.futures.ThreadPoolExecutor(POOL_THREADS, "pool")
         self._wake_in, self._wake_out = socket.socketpair()
         for end in (self._wake_in, self._wake_out):
@@ -3970,11 +4635,20 @@ class Reactor:
 
         self._pool.submit(work).add_done_callback(finish)
 
+    def watch_sleep(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Call back when the host, or this process, must have slept longer than that; before anything else then."""
+        self._sleep_s, self._on_sleep = seconds, callback
+
     def run(self) -> None:
         """Turn until `stop`."""
         self._running = True
         while self._running:
-            for key, events in self._selector.select(self._timeout()):
+            timeout, before, offset = self._timeout(), self.now(), time.time() - self.now()
+            ready = self._selector.select(timeout)
+            late_s = self.now() - before - timeout if timeout is not None else 0.0
+            if max(late_s, time.time() - self.now() - offset) > self._sleep_s:
+                self._call(self._on_sleep)
+            for key, events in ready:
                 self._call(lambda key=key, events=events: key.data(events))  # type: ignore[misc]
             for _ in range(len(self._soon)):
                 self._call(self._soon.popleft())
@@ -3990,7 +4664,7 @@ class Reactor:
 
     def close(self) -> None:
         """Give everything back."""
-        self._pool.shutdown(wait=False)
+        self._pool.shutdown(wait=False)  # a name look-up may take its time; the process ends without it
         self.unregister(self._wake_in)
         self._selector.close()
         self._wake_in.close()
@@ -4075,91 +4749,69 @@ def _load_client_certificate(context: ssl.SSLContext, cert_pem: str, key_pem: st
         context.load_cert_chain(path, password=password)
 
 
-class Stream:
-    """A TCP connection, with TLS or without, that never blocks."""
+class Route(NamedTuple):
+    """How a server is reached."""
 
-    def __init__(self, reactor: Reactor, handler: StreamHandler) -> None:
-        self._reactor = reactor
-        self._handler = handler
-        self._socket: socket.socket | None = None
-        self._context: ssl.SSLContext | None = None
-        self._server_name = ""
-        self._addresses: list[tuple[int, Any]] = []
-        self._output = bytearray()
-        self._open = False
-        self._closed = False
-        self._paused = False
-        self._timer: Timer | None = None
+    endpoint: Endpoint
+    context: ssl.SSLContext | None  # None: plain HTTP
+    server_name: str | None  # where it is not the endpoint's host
+    proxy: Proxy | None
 
-    def connect(
-        self, endpoint: Endpoint, context: ssl.SSLContext | None, server_name: str | None, timing: Timing
+
+class Dialer:
+    """Makes one connection: name look-up in the pool, TCP to the first address that answers, a proxy's tunnel, TLS."""
+
+    def __init__(
+        self, reactor: Reactor, route: Route, timing: Timing, done: Callable[[socket.socket | None, str], None]
     ) -> None:
-        """Connect to the first of the host's addresses that answers; the look-up happens in the pool."""
-        self._context, self._server_name = context, server_name or endpoint.host
+        self._reactor = reactor
+        self._route = route
+        self._timing = timing
+        self._done = done  # gets the connection, or why there is none
+        self._socket: socket.socket | None = None
+        self._addresses: list[tuple[int, Any]] = []
+        self._answer = b""  # of the proxy
+        self._timer: Timer | None = None
+        self._finished = False
+
+    def start(self) -> None:
+        """Begin."""
+        first = self._route.proxy or self._route.endpoint
 
         def look_up() -> list[tuple[int, Any]]:
-            found = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
+            found = socket.getaddrinfo(first.host, first.port, type=socket.SOCK_STREAM)
             return [(family, address) for family, _, _, _, address in found]
 
         def done(addresses: Any, error: BaseException | None) -> None:
-            if self._closed:
-                return
             if error is not None:
-                self._fail(f"{endpoint.host} cannot be resolved: {getattr(error, 'strerror', None) or error}")
-                return
-            self._addresses = addresses
-            self._try_next("no address")
+                self._finish(None, f"{first.host} cannot be resolved: {getattr(error, 'strerror', None) or error}")
+            elif not self._finished:
+                self._addresses = addresses
+                self._try_next("no address")
 
+        patience = self._timing.connect
         self._timer = self._reactor.call_later(
-            timing.resolve + timing.connect,
-            lambda: self._fail(f"{endpoint.authority} did not answer within {timing.connect:g} s"),
+            patience, lambda: self._finish(None, f"{first.host}:{first.port} did not answer within {patience:g} s")
         )
         self._reactor.run_blocking(look_up, done)
 
-    def adopt(self, sock: socket.socket) -> None:
-        """Take over a connection that a listener has accepted."""
-        self._socket = sock
-        self._open = True
-        self._watch()
-
-    @property
-    def pending_bytes(self) -> int:
-        """How much the connection has not taken yet."""
-        return len(self._output)
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether the connection is over."""
-        return self._closed
-
-    def send(self, data: bytes) -> None:
-        """Send bytes, now or when the connection takes them."""
-        self._output += data
-        if self._open and self._socket is not None:
-            self._flush(self._socket)
-
-    def pause(self) -> None:
-        """Take in no more until `resume`."""
-        self._paused = True
-        self._watch()
-
-    def resume(self) -> None:
-        """Take in again, also what TLS has decrypted already."""
-        self._paused = False
-        if self._socket is not None and not self._closed:
-            self._watch()
-            self._reactor.call_soon(lambda: self._on_ready(0))
-
-    def close(self) -> None:
-        """Close at once; nothing is told any more."""
-        if self._closed:
-            return
-        self._closed = True
+    def cancel(self) -> None:
+        """Give up; nothing is told any more."""
+        self._finished = True
         if self._timer is not None:
             self._timer.cancel()
         if self._socket is not None:
             self._reactor.unregister(self._socket)
             self._socket.close()
+
+    def _finish(self, sock: socket.socket | None, error: str) -> None:
+        if self._finished:
+            return
+        if sock is not None:
+            self._reactor.unregister(sock)
+            self._socket = None
+        self.cancel()
+        self._done(sock, error)
 
     def _try_next(self, error: str) -> None:
         if self._socket is not None:
@@ -4167,7 +4819,7 @@ class Stream:
             self._socket.close()
             self._socket = None
         if not self._addresses:
-            self._fail(error)
+            self._finish(None, error)
             return
         family, address = self._addresses.pop(0)
         try:
@@ -4186,17 +4838,37 @@ class Stream:
         code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
             self._try_next(f"{address[0]}:{address[1]}: {os.strerror(code)}")
-        elif self._context is None:
-            self._on_open()
+        elif self._route.proxy is None:
+            self._secure(sock)
         else:
-            self._reactor.unregister(sock)
-            self._socket = secured = self._context.wrap_socket(
-                sock,
-                server_hostname=self._server_name,
-                do_handshake_on_connect=False,
-                suppress_ragged_eofs=False,  # an end without close_notify is an error here, not an end
-            )
-            self._shake_hands(secured)
+            sock.send(self._route.proxy.connect_request(self._route.endpoint))  # some hundred bytes: they fit
+            self._reactor.register(sock, selectors.EVENT_READ, lambda _: self._on_proxy(sock))
+
+    def _on_proxy(self, sock: socket.socket) -> None:
+        """Take in what a proxy answers to CONNECT (RFC 9110, section 9.3.6); TLS servers do not speak first."""
+        data, end, error = receive_from(sock)
+        self._answer += data
+        if b"\r\n\r\n" in self._answer:
+            first_line = self._answer.partition(b"\r\n")[0].decode("latin-1")
+            if re.match(r"HTTP/1\.[01] 2\d\d\b", first_line):
+                self._secure(sock)
+            else:
+                self._finish(None, f"the proxy refused: {clip(first_line)}")
+        elif end or error or len(self._answer) > HEADERS_MAX_BYTES:
+            self._finish(None, f"the proxy gave no answer: {error or 'the connection ended'}")
+
+    def _secure(self, sock: socket.socket) -> None:
+        if self._route.context is None:
+            self._finish(sock, "")
+            return
+        self._reactor.unregister(sock)
+        self._socket = secured = self._route.context.wrap_socket(
+            sock,
+            server_hostname=self._route.server_name or self._route.endpoint.host,
+            do_handshake_on_connect=False,
+            suppress_ragged_eofs=False,  # an end without close_notify is an error here, not an end
+        )
+        self._shake_hands(secured)
 
     def _shake_hands(self, sock: ssl.SSLSocket) -> None:
         try:
@@ -4206,22 +4878,85 @@ class Stream:
         except ssl.SSLWantWriteError:
             self._reactor.register(sock, selectors.EVENT_WRITE, lambda _: self._shake_hands(sock))
         except ssl.SSLCertVerificationError as error:
-            self._fail(f"the server's certificate is not accepted: {error.verify_message}")
+            self._finish(None, f"the server's certificate is not accepted: {error.verify_message}")
         except (ssl.SSLError, OSError) as error:
-            self._fail(f"no TLS with the server: {getattr(error, 'reason', None) or error.strerror or error}")
+            self._finish(None, f"no TLS with the server: {getattr(error, 'reason', None) or error.strerror or error}")
         else:
-            self._on_open()
+            self._finish(sock, "")
 
-    def _on_open(self) -> None:
-        self._open = True
-        if self._timer is not None:
-            self._timer.cancel()
+
+class Stream:
+    """A connection that never blocks: TCP, with TLS or without, or a client's on the Unix socket."""
+
+    def __init__(self, reactor: Reactor, handler: StreamHandler) -> None:
+        self._reactor = reactor
+        self._handler = handler
+        self._dialer: Dialer | None = None
+        self._socket: socket.socket | None = None
+        self._output = bytearray()
+        self._closed = False
+        self._paused = False
+
+    def connect(self, route: Route, timing: Timing) -> None:
+        """Connect; what is sent meanwhile waits."""
+
+        def done(sock: socket.socket | None, error: str) -> None:
+            if sock is None:
+                self._fail(error)
+            else:
+                self.adopt(sock)
+                self._handler.on_open()
+                self.send(b"")
+
+        self._dialer = Dialer(self._reactor, route, timing, done)
+        self._dialer.start()
+
+    def adopt(self, sock: socket.socket) -> None:
+        """Take over a connection that stands."""
+        self._socket = sock
         self._watch()
-        self._handler.on_open()
-        self.send(b"")
+
+    @property
+    def pending_bytes(self) -> int:
+        """How much the connection has not taken yet."""
+        return len(self._output)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the connection is over."""
+        return self._closed
+
+    def send(self, data: bytes) -> None:
+        """Send bytes, now or when the connection takes them."""
+        self._output += data
+        if self._socket is not None and not self._closed:
+            self._flush(self._socket)
+
+    def pause(self) -> None:
+        """Take in no more until `resume`."""
+        self._paused = True
+        self._watch()
+
+    def resume(self) -> None:
+        """Take in again, also what TLS has decrypted already."""
+        if self._paused:
+            self._paused = False
+            self._watch()
+            self._reactor.call_soon(lambda: self._on_ready(0))
+
+    def close(self) -> None:
+        """Close at once; nothing is told any more."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._dialer is not None:
+            self._dialer.cancel()
+        if self._socket is not None:
+            self._reactor.unregister(self._socket)
+            self._socket.close()
 
     def _watch(self) -> None:
-        if self._socket is None or self._closed or not self._open:
+        if self._socket is None or self._closed:
             return
         events = (0 if self._paused else selectors.EVENT_READ) | (selectors.EVENT_WRITE if self._output else 0)
         if events:
@@ -4240,7 +4975,7 @@ class Stream:
 
     def _read(self, sock: socket.socket) -> None:
         """Take in one share of what is there, then let others have their turn."""
-        data, end, error = _receive(sock)
+        data, end, error = receive_from(sock)
         if data:
             self._handler.on_data(data)
         if self._closed:
@@ -4248,7 +4983,8 @@ class Stream:
         if error:
             self._fail(error)
         elif end:
-            self._reactor.unregister(sock)
+            self._paused = True
+            self._watch()
             self._handler.on_data(b"")
         elif len(data) >= READ_BYTES and isinstance(sock, ssl.SSLSocket) and sock.pending():
             self._reactor.call_soon(lambda: self._on_ready(0))  # select does not see what TLS has decrypted
@@ -4270,7 +5006,7 @@ class Stream:
             self._handler.on_error(error)
 
 
-def _receive(sock: socket.socket) -> tuple[bytes, bool, str]:
+def receive_from(sock: socket.socket) -> tuple[bytes, bool, str]:
     """Return what there is to read, up to a share; whether the peer has ended; why the connection broke."""
     data = bytearray()
     try:
@@ -4512,6 +5248,7 @@ class Resumption(NamedTuple):
 
     snapshot: Snapshot
     versions: dict[Scope, tuple[str, str]]  # where each watch goes on, and when that was the last word
+    uids: dict[str, str]  # cluster -> kube-system's uid
     followed: dict[str, str]  # cluster -> what stood behind its name when it was last followed
     stream: str
     changes: list[Change]  # the last ones, the oldest first
@@ -4543,8 +5280,9 @@ def resume_from(connection: sqlite3.Connection, log: logging.Logger) -> Resumpti
     followed = {
         name: _meta(connection, f"followed:{name}") for (name,) in connection.execute("SELECT name FROM clusters")
     }
+    uids = dict(connection.execute("SELECT name, uid FROM clusters WHERE uid IS NOT NULL"))
     snapshot = Snapshot(objects, rows, tuple(versions), reserved)
-    return Resumption(snapshot, versions, followed, _meta(connection, "stream"), _last_changes(connection))
+    return Resumption(snapshot, versions, uids, followed, _meta(connection, "stream"), _last_changes(connection))
 
 
 def _last_changes(connection: sqlite3.Connection) -> list[Change]:
@@ -4732,6 +5470,11 @@ class Credentials:
     def __init__(self, reactor: Reactor, timing: Timing) -> None:
         self._reactor = reactor
         self._timing = timing
+        self._helpers = Helpers()
+
+    def close(self) -> None:
+        """End the helpers that still run, and start no more."""
+        self._helpers.close()
 
     def resolve(self, spec: ClusterSpec, done: Callable[[Connection | FabrikError], None]) -> None:
         """Resolve a cluster's connection anew; `done` gets it, or what is wrong with it, in the loop."""
@@ -4744,39 +5487,82 @@ class Credentials:
             else:
                 done(result)
 
-        self._reactor.run_blocking(lambda: resolve_connection(spec, self._timing.credentials), finish)
+        self._reactor.run_blocking(lambda: resolve_connection(spec, self._timing.credentials, self._helpers), finish)
 
 
-def resolve_connection(spec: ClusterSpec, timeout: float) -> Connection:
-    """Run the helper process for one cluster and wait for it. Raises ConfigError."""
-    place = tempfile.mkdtemp(prefix="fabrik-credentials-")  # kubernetes.config leaves key files when it is killed
-    try:
-        process = subprocess.Popen(
-            own_command("_credentials", spec.kubeconfig, spec.context or ""),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "TMPDIR": place},
-            start_new_session=True,
-        )
+class Helpers:
+    """The helper processes that run now, each the leader of its own process group, with a TMPDIR of its own."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running: set[int] = set()
+        self._closed = False
+
+    def run(self, command: Sequence[str], timeout: float) -> bytes:
+        """Run a helper and return what it prints. Raises TimeoutExpired; whatever it started or left goes with it."""
+        place = tempfile.mkdtemp(prefix="fabrik-helper-")  # kubernetes.config leaves key files when it is killed
+        with self._changed:
+            if self._closed:
+                os.rmdir(place)
+                raise ConfigError("the daemon is stopping")
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "TMPDIR": place},
+                start_new_session=True,
+            )
+            self._running.add(process.pid)
         try:
-            output, _ = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            raise ConfigError(
-                f"{spec.kubeconfig}: its credentials took over {timeout:g} s", "run its plugin by hand"
-            ) from None
+            output: bytes = process.communicate(timeout=timeout)[0]
+            return output
         finally:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)  # the helper and whatever a plugin left behind
+            _kill_group(process.pid)
             process.wait()
             if process.stdout is not None:
                 process.stdout.close()
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-    resolved = parse_json_object(output.decode("utf-8", "replace"))
+            shutil.rmtree(place, ignore_errors=True)
+            with self._changed:
+                self._running.discard(process.pid)
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """End those that run, and start no more."""
+        with self._changed:
+            self._closed = True
+            for pid in self._running:
+                _kill_group(pid)
+            self._changed.wait_for(lambda: not self._running, HELPERS_END_S)
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def file_times(paths: Iterable[str]) -> tuple[tuple[str, float], ...]:
+    """Return when files were last changed, 0 for one that is not there."""
+    found = []
+    for path in paths:
+        try:
+            found.append((path, os.stat(path).st_mtime))
+        except OSError:
+            found.append((path, 0.0))
+    return tuple(found)
+
+
+def resolve_connection(spec: ClusterSpec, timeout: float, helpers: Helpers) -> Connection:
+    """Run the helper process for one cluster and wait for it. Raises ConfigError."""
+    try:
+        output = helpers.run(own_command("_credentials", spec.kubeconfig, spec.context or ""), timeout)
+    except subprocess.TimeoutExpired:
+        told = f"{spec.kubeconfig}: its credentials took over {timeout:g} s"
+        raise ConfigError(told, "run its plugin by hand") from None
+    resolved = parse_json(output.decode("utf-8", "replace"))
     if resolved is None:
         raise ConfigError(f"{spec.kubeconfig}: its credentials cannot be resolved")
-    return connection_from(resolved)
+    return connection_from(resolved)._replace(files=file_times(resolved.get("files", [])))
 
 
 def query_in_process(settings: Settings, sql: str) -> JsonObject:
@@ -4814,6 +5600,8 @@ def credentials_helper(path: str, context: str, out: TextIO) -> int:
 
 
 def _resolve(path: str, context: str) -> JsonObject:
+    if path == IN_CLUSTER:
+        return _resolve_in_cluster()
     where = path.split(os.pathsep)
     present = [name for name in where if os.path.exists(name)]
     if not present:
@@ -4832,6 +5620,7 @@ def _resolve(path: str, context: str) -> JsonObject:
     found = merged["users"].get_with_name(entry["user"], safe=True) if entry.safe_get("user") else None
     user = found["user"] if found and found.safe_get("user") else None
     _refuse_unsupported(path, cluster.value, user.value if user else {})
+    files = _files_named(path, cluster.value, user.value if user else {})
     status: JsonObject = {}
     if user is not None and user.safe_get("exec"):
         status = _run_plugin(user["exec"], path)
@@ -4840,7 +5629,7 @@ def _resolve(path: str, context: str) -> JsonObject:
     kube_config.KubeConfigLoader(
         config_dict=merged, active_context=name, config_base_path=os.path.dirname(os.path.abspath(present[0]))
     ).load_and_set(configuration)
-    return _connection_json(configuration, cluster.value, status)
+    return {**_connection_json(configuration, cluster.value, status), "files": files}
 
 
 def read_kubeconfig(path: str) -> JsonObject:
@@ -4859,7 +5648,7 @@ def _refuse_unsupported(path: str, cluster: JsonObject, user: JsonObject) -> Non
     if "username" in user or "password" in user:
         raise ConfigError(f"{path}: basic authentication left Kubernetes in 1.19", "use a token or a certificate")
     if cluster.get("proxy-url"):
-        raise ConfigError(f"{path}: proxy-url is not supported", "remove it, or reach the cluster directly")
+        parse_proxy(cluster["proxy-url"])
 
 
 def _run_plugin(plugin: Any, path: str) -> JsonObject:
@@ -4894,12 +5683,52 @@ def _connection_json(configuration: Any, cluster: JsonObject, status: JsonObject
         "key_pem": status.get("clientKeyData") or text_of(configuration.key_file),
         "token": status.get("token") or bearer.partition(" ")[2] or None,
         "expires_at": epoch_of(status.get("expirationTimestamp")),
+        "proxy_url": cluster.get("proxy-url"),
     }
+
+
+def _files_named(path: str, cluster: JsonObject, user: JsonObject) -> list[str]:
+    """Return the files that a connection is read from, the kubeconfig itself first."""
+    paths = path.split(os.pathsep)
+    folder = os.path.dirname(os.path.abspath(paths[0]))
+    entries = (cluster.get("certificate-authority"), *(user.get(f"client-{part}") for part in ("certificate", "key")))
+    names = [name for name in (*entries, user.get("tokenFile")) if isinstance(name, str)]
+    return [*paths, *(os.path.join(folder, name) for name in names)]
+
+
+def _resolve_in_cluster() -> JsonObject:
+    configuration = kubernetes.client.Configuration()
+    kubernetes.config.load_incluster_config(client_configuration=configuration)
+    return {
+        **_connection_json(configuration, {}, {}),
+        "files": [f"{_SERVICE_ACCOUNT}/token", f"{_SERVICE_ACCOUNT}/ca.crt"],
+    }
+
+
+_SERVICE_ACCOUNT: Final = "/var/run/secrets/kubernetes.io/serviceaccount"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Watcher
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+class WatchOwner(Protocol):
+    """What a watch needs of its cluster."""
+
+    traits: ServerTraits
+
+    def connect(self, handler: StreamHandler) -> tuple[Stream, HttpClientCodec, str]:
+        """Return a new connection to the API server, and the path that leads every target."""
+
+    def on_head(self, head: ResponseHead) -> None:
+        """Take in the head of any response."""
+
+    def on_watch_state(self, watcher: Watcher) -> None:
+        """Take in that a watch is in another state."""
+
+    def renew(self) -> None:
+        """Resolve the credentials anew."""
 
 
 class WatchSink(Protocol):
@@ -4920,37 +5749,97 @@ class WatchSink(Protocol):
     def on_cluster_state(self, name: str) -> None:
         """Take in that a cluster is connected, or not any more, or has another error."""
 
+    def on_identity(self, name: str) -> bool:
+        """Take in that a cluster's identity is known; False where it is another one's twin and must not be followed."""
 
-class Watcher:
+
+class ClientHandler:
+    """What a stream of ours to a server has to tell at the least: nothing, until bytes come."""
+
+    def on_open(self) -> None:
+        """Do nothing: what is to be sent waits in the stream."""
+
+    def on_drained(self) -> None:
+        """Do nothing: a request is small."""
+
+
+class ResponseReader:
+    """Takes one response of a list or a watch apart."""
+
+    def __init__(self, resource_name: str, *, is_watch: bool) -> None:
+        self._resource_name = resource_name
+        self.is_watch = is_watch
+        self.head: ResponseHead | None = None
+        self.refusal = b""
+        self.lines = LineDecoder()
+        self.list = ListDecoder()
+
+    def facts(self, data: bytes, items: dict[tuple[str, str], Facts], *, last: bool = False) -> Iterator[None]:
+        """Add what a list's items tell to what is kept, one at each step."""
+        for item in self.list.receive(data, last=last):
+            facts = facts_from(self._resource_name, item)
+            if facts is not None:
+                items[facts.namespace, facts.name] = facts
+            yield
+
+    def keep(self, event: WatchEvent, items: dict[tuple[str, str], Facts]) -> None:
+        """Add what an event of a streamed list tells."""
+        metadata = object_at(event.object, "metadata")
+        name = text_at(metadata, "namespace") or "", text_at(metadata, "name") or ""
+        facts = facts_from(self._resource_name, event.object) if event.type != "DELETED" else None
+        if facts is None:
+            items.pop(name, None)
+        else:
+            items[name] = facts
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the response is no answer to what was asked."""
+        return self.head is None or self.head.status != 200
+
+
+class Watcher(ClientHandler):
     """Drives one Watch machine over one connection at a time."""
 
     def __init__(
-        self, cluster: Cluster, scope: Scope, machine: WatchMachine, synced_at: str | None, *, once: bool
+        self, reactor: Reactor, scope: Scope, machine: WatchMachine, owner: WatchOwner, sink: WatchSink
     ) -> None:
-        self._cluster = cluster
-        self._reactor = cluster.reactor
-        self._sink = cluster.sink
-        self._once = once
+        self._reactor = reactor
         self._machine = machine
+        self._owner = owner
+        self._sink = sink
         self._stream: Stream | None = None
         self._codec: HttpClientCodec | None = None
-        self._timer: Timer | None = None
+        self._base = ""
+        self._reader = ResponseReader(scope.resource, is_watch=False)
+        self._items: dict[tuple[str, str], Facts] = {}  # of a list that is not whole yet
         self._work: Iterator[None] | None = None
-        self._is_watch = False
-        self._head: ResponseHead | None = None
-        self._refusal = b""
-        self._lines = LineDecoder()
-        self._list = ListDecoder()
-        self._items: list[Facts] = []
+        self._timer: Timer | None = None
         self.scope = scope
         self.told = Told(CONNECTING, "", None)
-        self.synced = False  # listed whole by this process
-        self.synced_at = synced_at  # when its part was the last word, None where it never was
+        self.once = False  # end when the scope has been listed
+        self.is_following = False  # nothing that happens is missed
+        self.was_listed = False  # by this process
+        self.synced_at: str | None = None  # when its part was the last word, None where it never was
+        self.last_byte_at: str | None = None
+        self.last_event_at: str | None = None
 
     def start(self) -> None:
         """Begin, or begin again with new credentials."""
         self._hang_up()
         self._do(self._machine.start(self._reactor.now()))
+
+    def recycle(self, reason: str) -> None:
+        """Give up the connection and go on over another."""
+        self._do(self._machine.recycle(reason, self._reactor.now()))
+
+    def relist(self, reason: str) -> None:
+        """List everything anew."""
+        self._do(self._machine.relist(reason, self._reactor.now()))
+
+    def forget_version(self) -> None:
+        """Have the start list everything anew."""
+        self._machine.forget()
 
     def stop(self) -> None:
         """End; nothing is told any more."""
@@ -4959,19 +5848,14 @@ class Watcher:
             self._timer.cancel()
             self._timer = None
 
-    def on_open(self) -> None:
-        """Do nothing: what is to be sent waits in the stream."""
-
     def on_data(self, data: bytes) -> None:
         """Take in bytes of the present response; empty: the server ended the connection."""
         if data:
             self._machine.heard(self._reactor.now())
+            self.last_byte_at = format_time(time.time(), milliseconds=True)
         if self._codec is not None:
             self._work = self._process(self._codec, data)
             self._pump()
-
-    def on_drained(self) -> None:
-        """Do nothing: a request is small."""
 
     def on_error(self, error: str) -> None:
         """Take in that the connection is lost."""
@@ -5000,100 +5884,97 @@ class Watcher:
         for part in codec.receive(data):
             if isinstance(part, ResponseHead):
                 self._on_head(part)
-            elif isinstance(part, bytes):
-                for _ in self._on_body(part):
+            else:
+                for _ in self._on_body(part) if isinstance(part, bytes) else self._on_end(part):
                     yield
                     if self._codec is not codec:
                         return
-            else:
-                for _ in self._on_end(part):
-                    yield
             if self._codec is not codec:
                 return
         if not data:
             self._do(self._machine.on_failure("the server closed the connection", self._reactor.now()))
 
     def _on_head(self, head: ResponseHead) -> None:
-        self._head = head
-        if head.status == 200 and self._is_watch:
+        self._reader.head = head
+        self._owner.on_head(head)
+        if head.status == 200 and self._reader.is_watch:
             self._do(self._machine.on_watch_open(self._reactor.now()))
 
     def _on_body(self, data: bytes) -> Iterator[None]:
-        if self._head is None or self._head.status != 200:
-            self._refusal = (self._refusal + data)[:REFUSAL_MAX_BYTES]
-        elif self._is_watch:
-            for event in self._lines.receive(data):
+        reader = self._reader
+        if reader.is_refused:
+            reader.refusal = (reader.refusal + data)[:REFUSAL_MAX_BYTES]
+        elif reader.is_watch:
+            for event in reader.lines.receive(data):
                 self._do(self._machine.on_event(event, self._reactor.now()))
                 yield
         else:
-            yield from self._take_items(self._list.receive(data))
-
-    def _take_items(self, items: Iterable[JsonObject]) -> Iterator[None]:
-        for item in items:
-            facts = facts_from(self.scope.resource, item)
-            if facts is not None:
-                self._items.append(facts)
-            yield
+            yield from reader.facts(data, self._items)
 
     def _on_end(self, end: ResponseEnd) -> Iterator[None]:
-        head, now = self._head or ResponseHead(502, {}), self._reactor.now()
-        if head.status == 200 and not self._is_watch:
-            yield from self._take_items(self._list.receive(b"", last=True))
+        reader, now = self._reader, self._reactor.now()
+        if not reader.is_refused and not reader.is_watch:
+            yield from reader.facts(b"", self._items, last=True)
         if not end.reusable:
             self._hang_up()
-        if head.status != 200:
-            self._do(self._machine.on_refusal(refusal_from_response(head, self._refusal), now))
-        elif self._is_watch:
+        if reader.is_refused:
+            refusal = refusal_from_response(reader.head or ResponseHead(502, {}), reader.refusal)
+            self._do(self._machine.on_refusal(refusal, now))
+        elif reader.is_watch:
             self._do(self._machine.on_watch_end(now))
         else:
-            decoder = self._list
-            self._do(self._machine.on_page(decoder.resource_version, decoder.continue_token, now))
+            self._do(self._machine.on_page(reader.list.resource_version, reader.list.continue_token, now))
 
     def _do(self, actions: Sequence[Action]) -> None:
         for action in actions:
-            if isinstance(action, (Apply, Advance, Swap)):
-                self.synced_at = format_time(time.time(), milliseconds=True)
             if isinstance(action, Apply):
+                self.last_event_at = self.synced_at = format_time(time.time(), milliseconds=True)
                 self._sink.on_event(self.scope, action.event)
-            elif isinstance(action, Advance):
-                self._sink.on_bookmark(self.scope, action.resource_version)
             elif isinstance(action, Told):
                 self._tell(action)
-            elif isinstance(action, HangUp):
-                self._hang_up()
-            elif isinstance(action, Swap):
-                self._swap(action)
-                if self._once:
-                    return
+            elif isinstance(action, Keep):
+                self._reader.keep(action.event, self._items)
             elif isinstance(action, Get):
                 self._get(action)
-            else:
-                self._cluster.renew()
+            elif isinstance(action, HangUp):
+                self._hang_up()
+            elif isinstance(action, Renew):
+                self._owner.renew()
+            elif not self._take_version(action):
+                return
         self._arm()
 
-    def _swap(self, action: Swap) -> None:
-        items, self._items = self._items, []
-        self.synced = True
-        self._sink.on_list(self.scope, action.resource_version, items)
-        if self._once:
+    def _take_version(self, action: Advance | Swap) -> bool:
+        """Take in that the scope is known up to a version; False where that was all that was wanted."""
+        self.synced_at = format_time(time.time(), milliseconds=True)
+        if isinstance(action, Advance):
+            self._sink.on_bookmark(self.scope, action.resource_version)
+            return True
+        items, self._items = self._items, {}
+        self.was_listed = True
+        self._sink.on_list(self.scope, action.resource_version, list(items.values()))
+        if self.once:
             self.stop()
             self._tell(Told(WATCHING, "", None))
+        return not self.once
 
     def _tell(self, told: Told) -> None:
-        if told != self.told:
-            self.told = told
+        before, self.told = self.told, told
+        if told.state == WATCHING:
+            self.is_following = True
+        elif told.error:
+            self.is_following = False
+        if told != before:
             self._sink.on_watch_state(self.scope, told)
-            self._cluster.on_watch_state()
+            self._owner.on_watch_state(self)
 
     def _get(self, get: Get) -> None:
-        self._is_watch, self._head, self._refusal = get.watch, None, b""
-        self._lines, self._list = LineDecoder(), ListDecoder()
-        if get.first_page or get.watch:
-            self._items = []
+        self._reader = ResponseReader(self.scope.resource, is_watch=get.watch)
+        if get.first_page:
+            self._items = {}
         if self._stream is None or self._codec is None:
-            self._stream, self._codec = self._cluster.connect(self)
-        target = self._cluster.base_path + get.target
-        self._stream.send(self._codec.send_get(target, compressed=not get.watch))
+            self._stream, self._codec, self._base = self._owner.connect(self)
+        self._stream.send(self._codec.send_get(self._base + get.target, compressed=not get.watch))
 
     def _hang_up(self) -> None:
         if self._stream is not None:
@@ -5103,72 +5984,72 @@ class Watcher:
     def _arm(self) -> None:
         """Have `due` called at the deadline; a deadline that moved on is found when the timer fires."""
         deadline = self._machine.deadline
-        if deadline is not None and (self._timer is None or self._timer.at > deadline):
+        if self._timer is None or self._timer.at > deadline:
             if self._timer is not None:
                 self._timer.cancel()
             self._timer = self._reactor.call_at(deadline, self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None
-        deadline, now = self._machine.deadline, self._reactor.now()
-        if deadline is not None and now >= deadline:
+        now = self._reactor.now()
+        if now >= self._machine.deadline:
             self._do(self._machine.due(now))
         else:
             self._arm()
 
 
-class Cluster:
-    """One cluster: its connection and its watches, five for each namespace."""
+# ----------------------------------------------------------------------------------------------------------------------
+# Watcher: clusters
+# ----------------------------------------------------------------------------------------------------------------------
 
-    def __init__(
-        self,
-        spec: ClusterSpec,
-        reactor: Reactor,
-        credentials: Credentials,
-        sink: WatchSink,
-        timing: Timing,
-    ) -> None:
-        self.spec = spec
-        self.reactor = reactor
-        self.sink = sink
+
+class Probe(ClientHandler):
+    """One GET: its response, or why there is none."""
+
+    def __init__(self, owner: WatchOwner, target: str, done: Callable[[ResponseHead | None, bytes, str], None]) -> None:
+        self._done = done
+        self._head: ResponseHead | None = None
+        self._body = b""
+        self._stream, self._codec, base = owner.connect(self)
+        self._stream.send(self._codec.send_get(base + target, compressed=False))
+
+    def cancel(self) -> None:
+        """Give up; nothing is told any more."""
+        self._stream.close()
+
+    def on_data(self, data: bytes) -> None:
+        """Take in bytes of the response."""
+        try:
+            for part in self._codec.receive(data):
+                if isinstance(part, ResponseHead):
+                    self._head = part
+                elif isinstance(part, bytes):
+                    self._body = (self._body + part)[:REFUSAL_MAX_BYTES]
+                else:
+                    self._stream.close()
+                    self._done(self._head, self._body, "")
+                    return
+        except ProtocolError as error:
+            self._stream.close()
+            self.on_error(error.message)
+
+    def on_error(self, error: str) -> None:
+        """Take in that the connection is lost."""
+        self._done(None, b"", error)
+
+
+class ClusterState:
+    """How a cluster's watches are, taken together."""
+
+    def __init__(self) -> None:
         self.error: FabrikError | None = None  # why there is no connection to try at all
-        self.server: str | None = None
-        self.last_event_at: str | None = None
-        self.base_path = ""
         self.watchers: list[Watcher] = []
-        self._credentials = credentials
-        self._timing = timing
-        self._connection: Connection | None = None
-        self._context: ssl.SSLContext | None = None
-        self._retry: Timer | None = None
-        self._resolving = False
-        self._stopped = False
-
-    def start(self, versions: Mapping[Scope, tuple[str, str]], *, once: bool) -> None:
-        """Begin to follow the cluster, each watch from the version it was left at."""
-        for namespace in self.spec.namespaces:
-            for kind in RESOURCES:
-                scope = Scope(self.spec.name, kind.name, namespace)
-                selector = self.spec.label_selector if kind is not EVENTS else None
-                version, synced_at = versions.get(scope, (None, None))
-                resumed = None if once else version
-                machine = WatchMachine(kind.path(namespace), selector, self._timing, random.random, resumed)
-                self.watchers.append(Watcher(self, scope, machine, synced_at, once=once))
-        self.renew()
-
-    def stop(self) -> None:
-        """End all watches."""
-        self._stopped = True
-        for watcher in self.watchers:
-            watcher.stop()
-        if self._retry is not None:
-            self._retry.cancel()
 
     @property
     def is_connected(self) -> bool:
-        """Whether every watch that is allowed follows its changes."""
-        states = {watcher.told.state for watcher in self.watchers}
-        return WATCHING in states and states <= {WATCHING, FORBIDDEN}
+        """Whether every watch that is allowed misses nothing."""
+        allowed = [watcher for watcher in self.watchers if watcher.told.state != FORBIDDEN]
+        return self.error is None and bool(allowed) and all(watcher.is_following for watcher in allowed)
 
     @property
     def synced_at(self) -> str | None:
@@ -5177,47 +6058,139 @@ class Cluster:
         return min((moment or "" for moment in times), default="") or None
 
     @property
-    def is_synced(self) -> bool:
-        """Whether every watch that is allowed was listed whole, now or before a restart."""
-        return self.synced_at is not None
+    def last_event_at(self) -> str | None:
+        """When the last event came."""
+        return latest(*(watcher.last_event_at for watcher in self.watchers))
 
     @property
     def is_settled(self) -> bool:
         """Whether every watch was listed once, or cannot be at present."""
         if self.error is not None:
             return True
-        return all(watcher.synced or watcher.told.retry_at is not None for watcher in self.watchers)
+        return all(watcher.was_listed or watcher.told.retry_at is not None for watcher in self.watchers)
 
     @property
     def trouble(self) -> str | None:
         """What is wrong, in words that a person can act on; None where nothing is."""
         if self.error is not None:
             return str(self.error)
-        told = [watcher.told.error for watcher in self.watchers if watcher.told.error]
-        return told[0] if told else None
+        return next((watcher.told.error for watcher in self.watchers if watcher.told.error), None)
+
+
+class Cluster(ClusterState):
+    """One cluster: who it is, how it is reached, and its watches, five for each namespace."""
+
+    def __init__(
+        self, spec: ClusterSpec, reactor: Reactor, credentials: Credentials, sink: WatchSink, timing: Timing
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.traits = ServerTraits()
+        self.server: str | None = None
+        self.uid: str | None = None  # of kube-system: the cluster's identity
+        self.skew_s: float | None = None  # the server's clock less ours
+        self._reactor = reactor
+        self._credentials = credentials
+        self._sink = sink
+        self._timing = timing
+        self._connection: Connection | None = None
+        self._route: Route | None = None
+        self._probe: Probe | None = None
+        self._timers: dict[str, Timer] = {}  # one of each kind
+        self._resolving = False
+        self._begun = False  # the watches are on their way
+        self._stopped = False
+        self._was_away = False  # a watch was in trouble since the identity was asked for
+        self._files: tuple[tuple[str, float], ...] = ()
+
+    def start(self, resumption: Mapping[Scope, tuple[str, str]], uid: str | None, *, once: bool) -> None:
+        """Begin to follow the cluster, each watch from the version it was left at."""
+        self.uid = uid
+        for namespace in self.spec.namespaces:
+            for kind in RESOURCES:
+                scope = Scope(self.spec.name, kind.name, namespace)
+                version, synced_at = resumption.get(scope, (None, None))
+                selector = self.spec.label_selector if kind is not EVENTS else None
+                target = WatchTarget(kind.path(namespace), f"{kind.name} in {namespace or 'all namespaces'}", selector)
+                resumed = None if once else version
+                machine = WatchMachine(target, self.traits, self._timing, random.random, resumed)
+                watcher = Watcher(self._reactor, scope, machine, self, self._sink)
+                watcher.once, watcher.synced_at = once, synced_at
+                self.watchers.append(watcher)
+        self.renew()
+
+    def stop(self, error: FabrikError | None = None) -> None:
+        """End all watches; `error` says why, to whoever asks."""
+        self._stopped, self.error = True, error
+        for watcher in self.watchers:
+            watcher.stop()
+        for timer in self._timers.values():
+            timer.cancel()
+        if self._probe is not None:
+            self._probe.cancel()
+
+    def recycle(self, reason: str) -> None:
+        """Give up all connections and go on over others."""
+        if self._begun and not self._stopped:
+            for watcher in self.watchers:
+                watcher.recycle(reason)
+
+    @property
+    def rank(self) -> tuple[bool, int, str]:
+        """Which of two names for one cluster it goes by, the lower."""
+        return self.spec.is_discovered, self.spec.priority, self.spec.name
+
+    @property
+    def identity(self) -> tuple[str, ...] | None:
+        """What tells one cluster from another: kube-system's uid, else the server and its CA; None before either."""
+        if self.uid is not None:
+            return (self.uid,)
+        return None if self._connection is None else self._connection.identity
 
     def renew(self) -> None:
-        """Resolve the credentials anew, one time at once, and begin all watches with them that have not begun."""
+        """Resolve the credentials anew, once at a time; watches that wait for them begin."""
         if not self._resolving and not self._stopped:
             self._resolving = True
             self._credentials.resolve(self.spec, self._on_resolved)
 
-    def connect(self, watcher: Watcher) -> tuple[Stream, HttpClientCodec]:
-        """Return a new connection to the API server."""
-        connection = self._connection
-        if connection is None:
+    def check_files(self) -> None:
+        """Resolve anew where a kubeconfig, certificate or token file has changed; they are looked at in the pool."""
+        paths = [path for path, _ in self._files]
+
+        def done(found: Any, error: BaseException | None) -> None:
+            if error is None and found != self._files and not self._stopped and not self._resolving:
+                self._files = found
+                self.renew()
+
+        if paths and not self._stopped:
+            self._reactor.run_blocking(lambda: file_times(paths), done)
+
+    def connect(self, handler: StreamHandler) -> tuple[Stream, HttpClientCodec, str]:
+        """Return a new connection to the API server, and the path that leads every target."""
+        connection, route = self._connection, self._route
+        if connection is None or route is None:
             raise UnreachableError(f"{self.spec.name}: its credentials are not resolved")
-        endpoint = parse_server(connection.server)
         headers = {"User-Agent": f"fabrik-daemon/{__version__}", "Accept": "application/json"}
         if connection.token:
             headers["Authorization"] = f"Bearer {connection.token}"
-        stream = Stream(self.reactor, watcher)
-        stream.connect(endpoint, self._context, connection.tls_server_name, self._timing)
-        return stream, HttpClientCodec(endpoint.authority, headers)
+        stream = Stream(self._reactor, handler)
+        stream.connect(route, self._timing)
+        return stream, HttpClientCodec(route.endpoint.authority, headers), route.endpoint.base
 
-    def on_watch_state(self) -> None:
-        """Take in that one of the watches is in another state."""
-        self.sink.on_cluster_state(self.spec.name)
+    def on_head(self, head: ResponseHead) -> None:
+        """Measure the server's clock; its Date has whole seconds."""
+        server_time = parse_http_date(head.headers.get("date", ""))
+        if server_time is not None:
+            self.skew_s = round(server_time + 0.5 - time.time(), 1)
+
+    def on_watch_state(self, watcher: Watcher) -> None:
+        """Take in that a watch is in another state; one that comes back may have found another cluster."""
+        if watcher.told.error:
+            self._was_away = True
+        elif watcher.told.state == WATCHING and self._was_away:
+            self._was_away = False
+            self._ask_identity()
+        self._sink.on_cluster_state(self.spec.name)
 
     def _on_resolved(self, result: Connection | FabrikError) -> None:
         self._resolving = False
@@ -5225,23 +6198,80 @@ class Cluster:
             return
         if isinstance(result, Connection):
             try:
-                endpoint = parse_server(result.server)
-                self._context = tls_context(result) if endpoint.tls else None
+                route = route_of(result)
             except ConfigError as error:
                 self._on_unresolved(error)
                 return
-            self._connection, self.server, self.base_path, self.error = result, result.server, endpoint.base, None
-            for watcher in self.watchers:
-                if watcher.told.state in (CONNECTING, UNAUTHORISED):
-                    watcher.start()
-            self.on_watch_state()
+            before, self._connection, self._route = self._connection, result, route
+            self.server, self.error, self._files = result.server, None, result.files
+            self._after("renew", result.renew_in(time.time(), self._timing), self.renew)
+            self._go_on(before, result)
         else:
             self._on_unresolved(result)
 
+    def _go_on(self, before: Connection | None, now: Connection) -> None:
+        if not self._begun:
+            self._after("identity", self._timing.identity, self._begin)
+            self._ask_identity()
+        elif before is not None and before.identity != now.identity:
+            self.recycle("the kubeconfig has changed")
+        else:
+            for watcher in self.watchers:
+                if watcher.told.state == UNAUTHORISED:
+                    watcher.start()
+        self._sink.on_cluster_state(self.spec.name)
+
     def _on_unresolved(self, error: FabrikError) -> None:
-        self.error = error
-        self._retry = self.reactor.call_later(self._timing.backoff_max, self.renew)
-        self.on_watch_state()
+        self.error = error if not self._begun or self._connection is None else None
+        self._files = self._files or file_times([self.spec.kubeconfig])
+        self._after("renew", self._timing.backoff_max, self.renew)
+        self._sink.on_cluster_state(self.spec.name)
+
+    def _after(self, kind: str, seconds: float | None, callback: Callable[[], None]) -> None:
+        if kind in self._timers:
+            self._timers.pop(kind).cancel()
+        if seconds is not None:
+            self._timers[kind] = self._reactor.call_later(seconds, callback)
+
+    def _ask_identity(self) -> None:
+        if self._probe is None and not self._stopped:
+            self._probe = Probe(self, "/api/v1/namespaces/kube-system", self._on_identity)
+
+    def _on_identity(self, head: ResponseHead | None, body: bytes, _error: str) -> None:
+        """Take in kube-system; a server that does not tell its uid is known by its address and CA."""
+        self._probe = None
+        said = parse_json_object(body.decode("utf-8", "replace")) if head and head.status == 200 else None
+        uid = text_at(said, "metadata", "uid") if said else None
+        if head is not None:
+            self.on_head(head)
+        before, self.uid = self.uid, uid or self.uid
+        if uid and before and uid != before:
+            self._on_new_epoch()
+        if not self._stopped and not self._sink.on_identity(self.spec.name):
+            return
+        self._begin()
+
+    def _on_new_epoch(self) -> None:
+        for watcher in self.watchers:
+            if self._begun:
+                watcher.relist("another cluster answers under this name")
+            else:
+                watcher.forget_version()
+
+    def _begin(self) -> None:
+        if not self._begun and not self._stopped:
+            self._begun = True
+            self._after("identity", None, self._begin)
+            for watcher in self.watchers:
+                watcher.start()
+
+
+def route_of(connection: Connection) -> Route:
+    """Return how a connection's server is reached. Raises ConfigError."""
+    endpoint = parse_server(connection.server)
+    context = tls_context(connection) if endpoint.tls else None
+    proxy = parse_proxy(connection.proxy_url) if connection.proxy_url else None
+    return Route(endpoint, context, connection.tls_server_name, proxy)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -5601,7 +6631,7 @@ _PRIVATE_SUFFIX: Final = "/.f12345678/s"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Daemon
+# Daemon: log
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -5658,6 +6688,40 @@ def make_log(level: str, errors: TextIO, ring: LogRing) -> logging.Logger:
     return log
 
 
+def crash_path(cache: str) -> str:
+    """Return where a background daemon's last words are."""
+    return os.path.join(os.path.dirname(os.path.abspath(cache)), "daemon.crash")
+
+
+def detach(cache: str) -> None:
+    """Let go of the terminal: from here on stderr is daemon.crash, which only last words reach."""
+    log = logging.getLogger("fabrik-daemon")
+    log.handlers[:] = [handler for handler in log.handlers if isinstance(handler, logging.handlers.QueueHandler)]
+    file = os.open(crash_path(cache), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    sys.stderr.flush()
+    os.dup2(file, 2)
+    os.close(file)
+    faulthandler.enable()
+
+
+def last_words(cache: str, *, forget: bool = False) -> str:
+    """Return what the last background daemon said when it died, empty where it ended in order."""
+    path = crash_path(cache)
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            words = file.read(LAST_WORDS_CHARS).strip()
+        if forget or not words:
+            os.unlink(path)
+    except OSError:
+        return ""
+    return words
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Daemon: following
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 class Follower:
     """Takes what the clusters' watches tell into store, cache and bus."""
 
@@ -5668,6 +6732,7 @@ class Follower:
         self._log = log
         self._rows: dict[str, ClusterRow] = {}
         self._synced: set[str] = set()
+        self._stale: set[str] = set()
         self.clusters: dict[str, Cluster] = {}
         self.on_news: Callable[[list[Subscription]], None] = lambda subscriptions: None
         self.on_settled: Callable[[Cluster], None] = lambda cluster: None
@@ -5681,7 +6746,6 @@ class Follower:
         progress = progress_of(scope, event.resource_version, now)
         take = self._store.remove if event.type == "DELETED" else self._store.observe
         commit = take(progress, name, facts, now)
-        self.clusters[scope.cluster].last_event_at = progress.at
         self.take(commit, cluster_statement(scope.cluster, {"last_event_at": progress.at}))
 
     def on_list(self, scope: Scope, resource_version: str, items: list[Facts]) -> None:
@@ -5700,6 +6764,9 @@ class Follower:
         self._cache.put([watch_statement(scope, {"state": told.state, "error": told.error or None})])
         if told.state == FORBIDDEN:
             self.take(self._store.forbid(scope, time.time()))
+        elif told.state == STALE and scope.cluster not in self._stale:
+            self._stale.add(scope.cluster)
+            self.take(self._store.announce("cluster:stale", self._row(self.clusters[scope.cluster]), time.time()))
         level = logging.WARNING if told.error else logging.DEBUG
         where = f"{scope.resource} in {scope.namespace or 'all namespaces'}"
         self._log.log(level, "%s: %s: %s%s", scope.cluster, where, told.state, f": {told.error}" if told.error else "")
@@ -5715,7 +6782,7 @@ class Follower:
     def write_cluster(self, cluster: Cluster) -> None:
         """Write a cluster's row where it says something new; tell subscribers of its connection."""
         spec, now = cluster.spec, time.time()
-        row = ClusterRow(spec.name, cluster.server, spec.priority, int(cluster.is_connected), None, cluster.trouble)
+        row = self._row(cluster)
         before = self._rows.get(spec.name)
         if row == before:
             return
@@ -5724,15 +6791,35 @@ class Follower:
         self._cache.put([cluster_statement(spec.name, columns)])
         if row.connected != (before.connected if before else 0):
             verb = "connected" if row.connected else "disconnected"
+            self._stale.discard(spec.name)
             self.take(self._store.announce(f"cluster:{verb}", row, now))
-        if cluster.is_synced and spec.name not in self._synced:
+        if row.connected and spec.name not in self._synced:
             self._synced.add(spec.name)
             self.take(self._store.announce("cluster:synced", row, now))
+
+    def on_identity(self, name: str) -> bool:
+        """Follow a cluster under one of its names only: that of clusters.yaml, else the first in order."""
+        cluster = self.clusters[name]
+        for other in self.clusters.values():
+            if other is not cluster and not isinstance(other.error, TwinError) and other.identity == cluster.identity:
+                first, twin = sorted((cluster, other), key=lambda each: each.rank)
+                error = TwinError(f"the same cluster as {first.spec.name}", "remove one of the two")
+                twin.stop(error)
+                self._log.warning("%s: %s", twin.spec.name, error)
+                self.write_cluster(twin)
+        self.write_cluster(cluster)
+        return cluster.error is None
+
+    @staticmethod
+    def _row(cluster: Cluster) -> ClusterRow:
+        spec, connected = cluster.spec, int(cluster.is_connected)
+        return ClusterRow(spec.name, cluster.server, cluster.uid, spec.priority, connected, None, cluster.trouble)
 
     def forget_cluster(self, name: str) -> None:
         """Note that a cluster is followed no more; its rows stay."""
         self._rows.pop(name, None)
         self._synced.discard(name)
+        self._stale.discard(name)
         self._cache.put([cluster_statement(name, {"connected": 0, "error": "not configured"})])
 
     def take(self, commit: Commit, *also: Statement) -> None:
@@ -5747,6 +6834,15 @@ class Follower:
 def progress_of(scope: Scope, resource_version: str, now: float) -> Progress:
     """Return how far a scope is followed now."""
     return Progress(scope, resource_version, format_time(now, milliseconds=True))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Daemon
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _seconds_until(moment: float | None) -> float | None:
+    return None if moment is None else round(max(0.0, moment - time.monotonic()), 1)
 
 
 class DaemonKnowledge:
@@ -5780,7 +6876,9 @@ class DaemonKnowledge:
     def freshness(self) -> list[Freshness]:
         """Return how fresh each cluster's part of an answer is."""
         return [
-            Freshness(cluster.spec.name, cluster.is_connected, cluster.synced_at, cluster.trouble)
+            Freshness(
+                cluster.spec.name, cluster.is_connected, cluster.synced_at, cluster.trouble, cluster.skew_s or 0.0
+            )
             for cluster in self._daemon.clusters_in_order()
         ]
 
@@ -5824,6 +6922,9 @@ class DaemonKnowledge:
                 "namespace": watcher.scope.namespace,
                 "state": watcher.told.state,
                 "error": watcher.told.error or None,
+                "retry_in_seconds": _seconds_until(watcher.told.retry_at),
+                "last_byte_at": watcher.last_byte_at,
+                "last_event_at": watcher.last_event_at,
                 "synced_at": watcher.synced_at,
             }
             for watcher in cluster.watchers
@@ -5833,8 +6934,11 @@ class DaemonKnowledge:
             "server": cluster.server,
             "priority": cluster.spec.priority,
             "connected": cluster.is_connected,
-            "synced": cluster.is_synced,
+            "synced": cluster.synced_at is not None,
+            "synced_at": cluster.synced_at,
             "last_event_at": cluster.last_event_at,
+            "clock_skew_seconds": cluster.skew_s,
+            "uid": cluster.uid,
             "error": cluster.trouble,
             "watches": watches,
         }
@@ -5868,6 +6972,8 @@ class Daemon:
         self._follower.on_settled = self._on_settled
         self.ring.wake = lambda subscriptions: self._reactor.call_soon(lambda: self._server.wake(subscriptions))
         self._once = False
+        self._ever_worked = False  # a configuration that never did is an error; later it may mend itself
+        self._clusters_file = file_times([settings.clusters_file])
         self._failure: FabrikError | None = None
         self.socket_path: str | None = None
 
@@ -5879,6 +6985,8 @@ class Daemon:
         self._every(self.settings.timing.housekeeping, self._keep_house)
         self._every(self.settings.timing.idle_seq, lambda: self._server.wake(self.bus.idle()))
         self._every(self.settings.timing.socket_check, self._keep_socket)
+        self._every(self.settings.timing.files_check, self._check_files)
+        self._reactor.watch_sleep(self.settings.timing.sleep, self._on_sleep)
         self._run(ready)
 
     def run_once(self) -> None:
@@ -5894,7 +7002,10 @@ class Daemon:
     def reload(self) -> JsonObject:
         """Follow the clusters that are configured now; return what that changed. Raises ConfigError."""
         specs = {spec.name: spec for spec in self._read_clusters() if spec.enabled}
-        changed = [name for name in specs if name in self._specs and specs[name] != self._specs[name]]
+        twins = {name for name, cluster in self._follower.clusters.items() if isinstance(cluster.error, TwinError)}
+        changed = [
+            name for name in specs if name in self._specs and (specs[name] != self._specs[name] or name in twins)
+        ]
         removed = [name for name in self._specs if name not in specs]
         added = [name for name in specs if name not in self._specs]
         for name in (*removed, *changed):
@@ -5929,7 +7040,7 @@ class Daemon:
     def _begin(self, spec: ClusterSpec) -> None:
         cluster = Cluster(spec, self._reactor, self._credentials, self._follower, self.settings.timing)
         self._follower.clusters[spec.name] = cluster
-        cluster.start(self._versions(spec), once=self._once)
+        cluster.start(self._versions(spec), self._resumption.uids.get(spec.name), once=self._once)
         self._follower.write_cluster(cluster)
         names = ", ".join(spec.namespaces) if spec.namespaces != ("",) else "all namespaces"
         self._log.info("%s: following %s", spec.name, names)
@@ -5944,9 +7055,10 @@ class Daemon:
 
     def _on_settled(self, cluster: Cluster) -> None:
         clusters = self._follower.clusters.values()
+        self._ever_worked = self._ever_worked or any(each.error is None and each.server for each in clusters)
         if self._once and len(clusters) == len(self._specs) and all(each.is_settled for each in clusters):
             self._reactor.call_soon(self._reactor.stop)
-        elif cluster.error is not None and all(isinstance(each.error, ConfigError) for each in clusters):
+        elif not self._ever_worked and clusters and all(isinstance(each.error, ConfigError) for each in clusters):
             self._failure = cluster.error
             self._reactor.stop()
 
@@ -5975,6 +7087,24 @@ class Daemon:
         except SocketError as error:
             self._log.error("the socket cannot be made again: %s", error)
 
+    def _check_files(self) -> None:
+        """Read kubeconfigs and clusters.yaml again where they have changed."""
+        for cluster in self._follower.clusters.values():
+            cluster.check_files()
+
+        def done(found: Any, _error: BaseException | None) -> None:
+            if found is not None and found != self._clusters_file:
+                self._clusters_file = found
+                self._reload_by_signal()
+
+        self._reactor.run_blocking(lambda: file_times([self.settings.clusters_file]), done)
+
+    def _on_sleep(self) -> None:
+        """Trust no connection that was there before the host slept."""
+        self._log.warning("the host slept: all connections are made anew")
+        for cluster in self._follower.clusters.values():
+            cluster.recycle("the host slept")
+
     def _take_signals(self) -> None:
         signal.set_wakeup_fd(self._reactor.wake_fd, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -5999,6 +7129,7 @@ class Daemon:
             self.cache.put([cluster_statement(cluster.spec.name, {"connected": 0})])
         if not self.cache.close(self.settings.timing.stop):
             self._log.error("the cache could not be written to its end within %g s", self.settings.timing.stop)
+        self._credentials.close()
         self._server.close()
         self._reactor.close()
         self._lock.release()
@@ -6016,35 +7147,6 @@ def raise_descriptor_limit() -> None:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def crash_path(cache: str) -> str:
-    """Return where a background daemon's last words are."""
-    return os.path.join(os.path.dirname(os.path.abspath(cache)), "daemon.crash")
-
-
-def detach(cache: str) -> None:
-    """Let go of the terminal: from here on stderr is daemon.crash, which only last words reach."""
-    log = logging.getLogger("fabrik-daemon")
-    log.handlers[:] = [handler for handler in log.handlers if isinstance(handler, logging.handlers.QueueHandler)]
-    file = os.open(crash_path(cache), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    sys.stderr.flush()
-    os.dup2(file, 2)
-    os.close(file)
-    faulthandler.enable()
-
-
-def last_words(cache: str, *, forget: bool = False) -> str:
-    """Return what the last background daemon said when it died, empty where it ended in order."""
-    path = crash_path(cache)
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            words = file.read(LAST_WORDS_CHARS).strip()
-        if forget or not words:
-            os.unlink(path)
-    except OSError:
-        return ""
-    return words
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -6115,6 +7217,455 @@ def connect(settings: Settings) -> Client | None:
             return Client(sock, settings.cache)
         sock.close()
     return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Services: demo server
+# ----------------------------------------------------------------------------------------------------------------------
+
+_BOOKMARK_S: Final = 10.0
+_WATCH_S: Final = 300.0  # for a watch that does not say how long
+_PEER_S: Final = 5.0  # what is written to a peer that does not read, or read from one that says nothing
+
+DemoAnswer = Union[JsonObject, Iterator[JsonObject]]  # one object, or the events of a watch
+
+
+class DemoServer:
+    """One scripted cluster's API server on loopback: plain HTTP, GET only, lists and watches what was applied to it.
+
+    It keeps every event since its start, so no resource version of its own ever expires.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._events: list[DemoStep] = []  # the n-th brings its collection to resource version n + 1
+        self._closed = False
+        # Not HTTPServer, which asks a name server for the name of 127.0.0.1; its threads are joined when it closes.
+        self._listener = socketserver.ThreadingTCPServer(("127.0.0.1", 0), _handler_for(self))
+        self.url = f"http://127.0.0.1:{self._listener.server_address[1]}"
+        self._thread = threading.Thread(target=self._listener.serve_forever, args=(0.05,), name="demo", daemon=True)
+        self._thread.start()
+
+    def apply(self, step: DemoStep) -> None:
+        """Let a step happen: it gets the next resource version, and watches tell it."""
+        with self._changed:
+            metadata = {**step.object["metadata"], "resourceVersion": str(len(self._events) + 1)}
+            self._events.append(step._replace(object={**step.object, "metadata": metadata}))
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """End all watches and threads."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._listener.shutdown()
+        self._listener.server_close()
+        self._thread.join()
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """The resource version that each collection's last event brought it to."""
+        with self._changed:
+            return {event.resource: number for number, event in enumerate(self._events, 1)}
+
+    def answer(self, target: str) -> tuple[int, DemoAnswer]:
+        """Return the HTTP status and the answer to a GET (kubernetes.io, API concepts)."""
+        parts = urllib.parse.urlsplit(target)
+        query = dict(urllib.parse.parse_qsl(parts.query))
+        for kind in RESOURCES:
+            match = re.fullmatch(rf"{kind.root}/(?:namespaces/([^/]+)/)?{kind.name}", parts.path)
+            if match and query.get("watch") in ("true", "1"):
+                return self._answer_watch(Scope("", kind.name, match[1] or ""), query)
+            if match:
+                return 200, self._list(kind, match[1] or "")
+        return 404, _failure(404, "NotFound", "the server could not find the requested resource")
+
+    def _list(self, kind: Resource, namespace: str) -> JsonObject:
+        with self._changed:
+            events, version = [event for event in self._events if event.resource == kind.name], len(self._events)
+        items: dict[str, JsonObject] = {}
+        for event in events:
+            metadata = event.object["metadata"]
+            if event.type == "DELETED":
+                items.pop(metadata["uid"], None)
+            elif namespace in ("", metadata["namespace"]):
+                items[metadata["uid"]] = event.object
+        head = {"kind": api_kind(kind.name) + "List", "apiVersion": _api_version(kind)}
+        return {**head, "metadata": {"resourceVersion": str(version)}, "items": list(items.values())}
+
+    def _answer_watch(self, scope: Scope, query: Mapping[str, str]) -> tuple[int, DemoAnswer]:
+        version = parse_int(query.get("resourceVersion", "0"))
+        if version is None or version > len(self._events):
+            return 410, _failure(410, "Expired", "the resource version is none of this server's")
+        seconds = float(query.get("timeoutSeconds") or _WATCH_S)
+        return 200, self._watch(scope, version, seconds, bookmarks=query.get("allowWatchBookmarks") == "true")
+
+    def _watch(self, scope: Scope, version: int, seconds: float, *, bookmarks: bool) -> Iterator[JsonObject]:
+        kind = next(kind for kind in RESOURCES if kind.name == scope.resource)
+        head = {"kind": api_kind(kind.name), "apiVersion": _api_version(kind)}
+        now = time.monotonic()
+        ends_at, bookmark_at = now + seconds, now + _BOOKMARK_S
+        while now < ends_at:
+            with self._changed:
+                if len(self._events) == version and not self._closed:
+                    self._changed.wait(min(ends_at, bookmark_at) - now)
+                if self._closed:
+                    return
+                events, version = self._events[version:], len(self._events)
+            for event in events:
+                if event.resource == kind.name and scope.namespace in ("", event.object["metadata"]["namespace"]):
+                    yield {"type": event.type, "object": {**head, **event.object}}
+            now = time.monotonic()
+            if now >= bookmark_at and bookmarks:
+                bookmark_at = now + _BOOKMARK_S
+                yield {"type": "BOOKMARK", "object": {**head, "metadata": {"resourceVersion": str(version)}}}
+
+
+def kubeconfig_text(servers: Mapping[str, str]) -> str:
+    """Return a kubeconfig with a context for each name and server URL."""
+    return format_json(
+        {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [{"name": name, "cluster": {"server": url}} for name, url in servers.items()],
+            "users": [{"name": "demo", "user": {}}],
+            "contexts": [{"name": name, "context": {"cluster": name, "user": "demo"}} for name in servers],
+        }
+    )
+
+
+def _handler_for(server: DemoServer) -> type[socketserver.BaseRequestHandler]:
+    """Return the class of a server's connections; it cannot stand above, since http.server is imported when used."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        timeout = _PEER_S
+
+        def handle(self) -> None:
+            with contextlib.suppress(OSError):  # the daemon hangs up as it likes
+                super().handle()
+
+        def do_GET(self) -> None:  # noqa: N802 - the base class looks for this name
+            code, answer = server.answer(self.path)
+            self.send_response(code)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Connection", "close")  # so that no thread is left to wait for another request
+            if isinstance(answer, dict):
+                body = json.dumps(answer).encode()
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+                return
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            for event in answer:
+                line = json.dumps(event).encode() + b"\n"
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
+            self.wfile.write(b"0\r\n\r\n")
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    return Handler
+
+
+def _api_version(kind: Resource) -> str:
+    return kind.root.partition("/api/")[2] or kind.root.partition("/apis/")[2]
+
+
+def _failure(code: int, reason: str, message: str) -> JsonObject:
+    head = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure"}
+    return {**head, "message": message, "reason": reason, "code": code}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Services: demo
+# ----------------------------------------------------------------------------------------------------------------------
+
+_PIPED_SPEED: Final = 7.5  # the minute in eight seconds: the shortest step still takes longer than a turn
+_TURN_S: Final = 0.02
+_LOOK_S: Final = 0.1  # between two looks at the cache
+_BEGIN_S: Final = 30.0  # for the daemon to follow both clusters; it takes about one
+_CATCH_UP_S: Final = 10.0  # for the cache to hold what the servers told last
+_LINGER_S: Final = 2.0  # on a terminal, after the last step
+_END_S: Final = 5.0  # for the daemon to stop, before it is killed
+
+
+class DemoRows(NamedTuple):
+    """What the demo's daemon knows at one moment."""
+
+    version: int = -1
+    clusters: Sequence[JsonObject] = ()
+    runs: Sequence[JsonObject] = ()
+    schedules: Sequence[JsonObject] = ()
+    volumes: Sequence[JsonObject] = ()
+    warnings: Sequence[JsonObject] = ()
+
+
+def demo_rows(reader: CacheReader, before: DemoRows) -> DemoRows:
+    """Return what the cache holds now; `before` itself where nothing was written since."""
+    version = reader.rows("PRAGMA data_version")[0]["data_version"]
+    if version == before.version:
+        return before
+    return DemoRows(
+        version,
+        clusters=reader.rows("SELECT name, connected FROM clusters ORDER BY priority, name"),
+        runs=reader.rows("SELECT * FROM runs ORDER BY created_at DESC, run_id DESC"),
+        schedules=reader.rows("SELECT * FROM schedules ORDER BY cluster, name"),
+        volumes=reader.rows("SELECT CASE WHEN deleted_at IS NULL THEN phase ELSE 'removed' END AS phase FROM volumes"),
+        warnings=reader.rows("SELECT reason, sum(count) AS count FROM cluster_events GROUP BY reason ORDER BY reason"),
+    )
+
+
+def format_demo(rows: DemoRows, now: float, width: int | None, height: int | None) -> str:
+    """Return the runs and what goes with them; of too many runs for the height, the oldest are only counted."""
+    if rows.version < 0:
+        return ""
+    # The key of a scheduled run is its id with cluster and namespace: half a terminal, and the cluster stands beside.
+    runs = [{**row, "run_id": row["id"]} for row in rows.runs]
+    for hidden in ((), ("AGE",), ("AGE", "HEARTBEAT"), ("AGE", "HEARTBEAT", "TASK")):  # REASON tells more
+        columns = [column for column in RUN_COLUMNS if column.title not in hidden]
+        table = format_table(columns, runs, now, width).splitlines()
+        if not any(line.endswith("~") for line in table):
+            break
+    under = [
+        "",
+        "runs       " + (_counted(rows.runs, "status", STATUSES) or "none"),
+        "schedules  " + ("; ".join(_schedule_words(row, now) for row in rows.schedules) or "none"),
+        "volumes    " + (_counted(rows.volumes, "phase", ("Pending", "Bound", "removed")) or "none"),
+        "warnings   " + (", ".join(f"{row['count']} {row['reason']}" for row in rows.warnings) or "none"),
+    ]
+    room = len(table) if height is None else max(2, height - len(under))
+    if len(table) > room:
+        table[room - 1 :] = [f"... and {len(table) - room + 1} older ones"]
+    return "".join(safe_text(line)[:width] + "\n" for line in [*table, *under])
+
+
+def run_demo(out: TextIO, environment: Mapping[str, str], speed: float | None) -> int:
+    """Show the scripted clusters as a daemon of their own sees them. Raises FabrikError."""
+    is_terminal = out.isatty() and environment.get("TERM", "dumb") != "dumb"
+    screen = DemoScreen(out) if is_terminal else None
+    demo = Demo(environment, speed or (1.0 if is_terminal else _PIPED_SPEED), screen)
+    code = demo.run()
+    if code == 0:
+        width = shutil.get_terminal_size().columns if is_terminal else None
+        out.write(format_demo(demo.rows, time.time(), width, None))
+    return code
+
+
+class DemoScreen:
+    """A terminal's alternate screen and keys; after `close` both are as they were."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._keys = sys.stdin.fileno() if sys.stdin and sys.stdin.isatty() else -1
+        self._modes: list[Any] = []
+        self._drawn = ""
+
+    def open(self) -> None:
+        """Take the terminal: no echo, no line to wait for, no ^Z, which would leave the cursor hidden."""
+        if self._keys >= 0:
+            self._modes = termios.tcgetattr(self._keys)
+            modes = termios.tcgetattr(self._keys)
+            modes[3] &= ~(termios.ICANON | termios.ECHO)
+            modes[6][termios.VMIN], modes[6][termios.VTIME] = 0, 0
+            modes[6][termios.VSUSP] = bytes([os.fpathconf(self._keys, "PC_VDISABLE")])
+            termios.tcsetattr(self._keys, termios.TCSADRAIN, modes)
+        self._write("\x1b[?1049h\x1b[?25l")
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        with contextlib.suppress(OSError, ValueError):  # it may be gone
+            self._write("\x1b[?25h\x1b[?1049l")
+        if self._modes:
+            with contextlib.suppress(termios.error):
+                termios.tcsetattr(self._keys, termios.TCSADRAIN, self._modes)
+
+    def draw(self, title: str, rows: DemoRows) -> None:
+        """Show a title and the rows, if that changes anything."""
+        size = os.get_terminal_size(self._out.fileno())  # not $LINES, which a resize leaves as it was
+        width = (size.columns or 80) - 1  # past a full line, erasing to its end takes the last cell with it
+        text = f"{title[:width]}\n\n" + format_demo(rows, time.time(), width, (size.lines or 24) - 2)
+        if text != self._drawn:
+            self._drawn = text
+            self._write("\x1b[H" + text.rstrip("\n").replace("\n", "\x1b[K\n") + "\x1b[K\x1b[J")
+
+    def is_quit(self) -> bool:
+        """Say whether `q` was pressed."""
+        return self._keys >= 0 and b"q" in os.read(self._keys, 64).lower()
+
+    def _write(self, text: str) -> None:
+        self._out.write(text)
+        self._out.flush()
+
+
+class Demo:
+    """Two scripted clusters and a daemon that follows them, in a folder that is removed however this ends."""
+
+    def __init__(self, environment: Mapping[str, str], speed: float, screen: DemoScreen | None) -> None:
+        self.rows = DemoRows()
+        self._environment = environment
+        self._speed = speed
+        self._screen = screen
+        # The script's last moment is the clock's: the times in the final table are true at any speed.
+        self._steps = deque(demo_steps(time.time() - DEMO_S + DEMO_S / speed))
+        self._servers: dict[str, DemoServer] = {}
+        self._folder = ""
+        self._daemon: subprocess.Popen[bytes] | None = None
+        self._reader: CacheReader | None = None
+        self._signal = 0
+        self._is_quit = False
+
+    def run(self) -> int:
+        """Play the script to its end, or until `q` or a signal; return the exit code. Raises FabrikError."""
+        with contextlib.ExitStack() as undo:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                undo.callback(signal.signal, number, signal.signal(number, self._on_signal))
+            if self._screen is not None:
+                undo.callback(self._screen.close)
+                self._screen.open()
+                self._screen.draw("fabrik-daemon demo: starting", self.rows)
+            for name in DEMO_CLUSTERS:
+                self._servers[name] = DemoServer()
+                undo.callback(self._servers[name].close)
+            self._advance(0)
+            self._folder = tempfile.mkdtemp(prefix="fabrik-demo-")
+            undo.callback(shutil.rmtree, self._folder, ignore_errors=True)
+            undo.callback(self._stop_daemon)
+            self._start_daemon()
+            self._play()
+        return 128 + self._signal if self._signal else 0
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        self._signal = number  # no exception: it could come between making something and noting that it is there
+
+    def _start_daemon(self) -> None:
+        kubeconfig = os.path.join(self._folder, "kubeconfig")
+        specs = [ClusterSpec(name, kubeconfig, name, priority=place) for place, name in enumerate(self._servers)]
+        urls = {name: server.url for name, server in self._servers.items()}
+        files = {
+            "kubeconfig": kubeconfig_text(urls),
+            "clusters.yaml": format_clusters(specs),
+            "config.yaml": "logLevel: warning\n",
+        }
+        for name, text in files.items():
+            with open(os.path.join(self._folder, name), "w", encoding="utf-8") as file:
+                file.write(text)
+        places = {
+            "FABRIK_CONFIG": os.path.join(self._folder, "config.yaml"),
+            "FABRIK_CACHE": os.path.join(self._folder, "cache.db"),
+            "FABRIK_SOCKET": os.path.join(self._folder, "daemon.sock"),
+            "KUBECONFIG": kubeconfig,  # else the user's own clusters would be found
+            "TMPDIR": self._folder,
+        }
+        with open(os.path.join(self._folder, "log"), "wb") as log:
+            self._daemon = subprocess.Popen(
+                own_command("start", "--foreground"),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**self._environment, **places},
+            )
+
+    def _stop_daemon(self) -> None:
+        if self._reader is not None:
+            self._reader.connection.close()
+        if self._daemon is not None:
+            self._daemon.terminate()
+            try:
+                self._daemon.wait(_END_S)
+            except subprocess.TimeoutExpired:
+                self._daemon.kill()
+                self._daemon.wait()
+
+    def _play(self) -> None:
+        self._until(self._is_followed, _BEGIN_S, "did not begin to follow", lambda: "starting")
+        began_at = time.monotonic()
+
+        def played_s() -> float:
+            return (time.monotonic() - began_at) * self._speed
+
+        def is_played() -> bool:
+            self._advance(played_s())
+            return not self._steps and played_s() > DEMO_S
+
+        def words() -> str:
+            return f"{min(played_s(), DEMO_S):.0f} s of {DEMO_S:.0f} s"
+
+        self._until(is_played, None, "", words)
+        self._until(self._is_caught_up, _CATCH_UP_S, "did not take in the last change", words)
+        if self._screen is not None:
+            lingers_until = time.monotonic() + _LINGER_S
+            self._until(lambda: time.monotonic() > lingers_until, None, "", lambda: "over")
+
+    def _until(self, holds: Callable[[], bool], limit_s: float | None, trouble: str, words: Callable[[], str]) -> None:
+        """Go on looking and showing until something holds, or the user ends it. Raises FabrikError past the limit."""
+        now = time.monotonic()
+        deadline, look_at = now + (limit_s or INT_MAX), now
+        while not self._is_ended() and not holds():
+            now = time.monotonic()
+            if now > deadline:
+                raise FabrikError(f"the demo's daemon {trouble} within {limit_s:g} s", self._last_words())
+            if now >= look_at:
+                look_at = now + _LOOK_S
+                self._look(words())
+            time.sleep(_TURN_S)
+        self._look(words())
+
+    def _is_ended(self) -> bool:
+        """Say whether the user ended the demo. Raises FabrikError where the daemon ended by itself."""
+        code = self._daemon.poll() if self._daemon is not None else None
+        if self._signal:
+            return True
+        if code is not None:
+            how = f"by {signal.Signals(-code).name}" if code < 0 else f"with {code}"
+            raise FabrikError(f"the demo's daemon was ended {how}", self._last_words())
+        if self._screen is not None and self._screen.is_quit():
+            self._is_quit = True
+        return self._is_quit
+
+    def _look(self, words: str) -> None:
+        if self._reader is None and os.path.exists(os.path.join(self._folder, "cache.db")):
+            with contextlib.suppress(CacheError):  # it is being made
+                self._reader = CacheReader(os.path.join(self._folder, "cache.db"))
+        if self._reader is not None:
+            self.rows = demo_rows(self._reader, self.rows)
+        if self._screen is not None:
+            self._screen.draw(f"fabrik-daemon demo: {words}; q ends it", self.rows)
+
+    def _advance(self, played_s: float) -> None:
+        while self._steps and self._steps[0].at_s <= played_s:
+            step = self._steps.popleft()
+            self._servers[step.cluster].apply(step)
+
+    def _is_followed(self) -> bool:
+        return {row["name"] for row in self.rows.clusters if row["connected"]} == set(self._servers)
+
+    def _is_caught_up(self) -> bool:
+        if self._reader is None:
+            return False
+        rows = self._reader.rows("SELECT cluster, resource, resource_version AS version FROM watches")
+        seen = {(row["cluster"], row["resource"]): int(row["version"] or 0) for row in rows}
+        return all(
+            seen.get((cluster, resource_name), 0) >= version  # higher after a bookmark
+            for cluster, server in self._servers.items()
+            for resource_name, version in server.versions.items()
+        )
+
+    def _last_words(self) -> str:
+        with open(os.path.join(self._folder, "log"), encoding="utf-8", errors="replace") as log:
+            lines = log.read().splitlines()
+        return lines[-1] if lines else "it said nothing"
+
+
+def _counted(rows: Sequence[JsonObject], name: str, order: Sequence[str]) -> str:
+    found = [row[name] or UNKNOWN for row in rows]
+    return ", ".join(f"{found.count(value)} {value}" for value in (*order, UNKNOWN) if value in found)
+
+
+def _schedule_words(row: JsonObject, now: float) -> str:
+    ran = f"last run {age_of(row['last_run_at'], now)} ago"
+    return f"{row['schedule_id']} ({row['schedule']}) on {row['cluster']}, {row['active']} active, {ran}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -6403,6 +7954,11 @@ def runs_watch(context: Context, arguments: argparse.Namespace) -> int:
     return 0
 
 
+def demo(context: Context, arguments: argparse.Namespace) -> int:
+    """Show a daemon at work on scripted clusters."""
+    return run_demo(context.out, context.environment, arguments.speed)
+
+
 def sync(context: Context, arguments: argparse.Namespace) -> int:
     """List every cluster once, bring the cache up to date, and end."""
     del arguments
@@ -6413,7 +7969,7 @@ def sync(context: Context, arguments: argparse.Namespace) -> int:
     daemon.run_once()
     code = 0
     for cluster in daemon.clusters_in_order():
-        missing = [watcher for watcher in cluster.watchers if not watcher.synced]
+        missing = [watcher for watcher in cluster.watchers if not watcher.was_listed]
         forbidden = [watcher for watcher in missing if watcher.told.state == FORBIDDEN]
         if missing:
             context.warn(f"{cluster.spec.name}: {cluster.trouble or 'no answer in time'}")
@@ -6626,6 +8182,19 @@ def _clusters_remove_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="the cluster's name")
 
 
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--speed", type=_factor, metavar="X", help="X times as fast (default: 1 on a terminal, else 7.5)"
+    )
+
+
+def _factor(text: str) -> float:
+    factor = float(text)
+    if not 0.1 <= factor <= 100:
+        raise ValueError(text)
+    return factor
+
+
 def _no_arguments(parser: argparse.ArgumentParser) -> None:
     del parser
 
@@ -6654,6 +8223,13 @@ COMMANDS: Final = (
         ("logs -n 20 --level warning", "logs --follow"),
         _logs_arguments,
         logs,
+    ),
+    Command(
+        "demo",
+        "show a minute of scripted clusters; needs none, leaves nothing behind",
+        ("demo", "demo --speed 3", "demo | cat"),
+        _demo_arguments,
+        demo,
     ),
     Command("sync", "list every cluster once and end (for cron)", ("sync",), _no_arguments, sync),
     Command(

@@ -151,7 +151,7 @@ def test_servers_with_and_without_streaming_lists(
 ) -> None:
     server = serve_scenario("16-cluster-scope", authority, serve)
     server.initial_events = initial_events
-    daemon = make_daemon(cluster_of(server)._replace(namespaces=namespaces))
+    daemon = make_daemon(cluster_of(server)._replace(namespaces=namespaces), initialList="1s")
     daemon.start()
     server.release_all()
     daemon.settle()

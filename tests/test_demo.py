@@ -1,0 +1,310 @@
+"""The demo: its script through the store, and the built executable piped, on a terminal, interrupted and bereaved."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Final
+
+import pytest
+from harness import wait_until
+
+import fabrik_daemon
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+STARTED_AT: Final = 1_800_000_000.0
+END_S: Final = 60.0  # for a demo that takes twelve seconds on an idle machine
+LOOK_S: Final = 0.5
+SUMMARY: Final = {"pending": 1, "running": 1, "blocked": 1, "finished": 8, "failed": 2, "cancelled": 1}
+
+Change = fabrik_daemon.Change
+
+
+@pytest.fixture(scope="module")
+def changes() -> list[Change]:
+    """Return what the whole script changes in a store."""
+    store = fabrik_daemon.Store(fabrik_daemon.zone_of)
+    found: list[Change] = []
+    for cluster in fabrik_daemon.DEMO_CLUSTERS:
+        for kind in fabrik_daemon.RESOURCES:
+            scope = fabrik_daemon.Scope(cluster, kind.name, fabrik_daemon.DEMO_NAMESPACE)
+            found += store.replace(fabrik_daemon.Progress(scope, "0", ""), [], STARTED_AT).changes
+    for number, step in enumerate(fabrik_daemon.demo_steps(STARTED_AT), 1):
+        metadata = step.object["metadata"]
+        scope = fabrik_daemon.Scope(step.cluster, step.resource, metadata["namespace"])
+        facts = fabrik_daemon.facts_from(step.resource, step.object)
+        take = store.remove if step.type == "DELETED" else store.observe
+        progress = fabrik_daemon.Progress(scope, str(number), "")
+        name = metadata["namespace"], metadata["name"]
+        found += take(progress, name, facts, STARTED_AT + step.at_s).changes
+    return found
+
+
+def runs_of(changes: list[Change]) -> list[fabrik_daemon.Run]:
+    """Return every state of every run."""
+    return [change.row for change in changes if isinstance(change.row, fabrik_daemon.Run)]
+
+
+def volumes_of(changes: list[Change]) -> list[fabrik_daemon.Volume]:
+    """Return every state of every volume."""
+    return [change.row for change in changes if isinstance(change.row, fabrik_daemon.Volume)]
+
+
+def lives_of(changes: list[Change]) -> dict[str, list[str]]:
+    """Return the statuses that each run went through, and why where there is a reason.
+
+    Between its Pod's end and its Job's, a run is pending for a moment, by the last row of the table; that is left out.
+    """
+    lives: dict[str, list[str]] = {}
+    for run in runs_of(changes):
+        words = f"{run.status} {run.reason}" if run.reason else f"{run.status}"
+        life = lives.setdefault(run.run_id, [])
+        if run.status in {"finished", "failed"} and life[-1].startswith("pending"):
+            life.pop()
+        if life[-1:] != [words]:
+            life.append(words)
+    return lives
+
+
+def test_the_script_is_the_same_for_the_same_start_and_in_order() -> None:
+    steps = fabrik_daemon.demo_steps(STARTED_AT)
+    assert steps == fabrik_daemon.demo_steps(STARTED_AT)
+    assert [step.at_s for step in steps] == sorted(step.at_s for step in steps)
+    assert steps[-1].at_s <= fabrik_daemon.DEMO_S
+    assert {step.cluster for step in steps if step.at_s <= 0} == set(fabrik_daemon.DEMO_CLUSTERS)
+
+
+def test_every_object_is_added_once_before_it_changes_and_not_after_it_is_deleted() -> None:
+    known: set[tuple[str, str]] = set()
+    for step in fabrik_daemon.demo_steps(STARTED_AT):
+        key = step.cluster, step.object["metadata"]["uid"]
+        assert (step.type == "ADDED") == (key not in known), step
+        (known.discard if step.type == "DELETED" else known.add)(key)
+
+
+def test_every_status_and_every_phase_is_lived(changes: list[Change]) -> None:
+    runs = runs_of(changes)
+    assert {run.status for run in runs} == set(fabrik_daemon.STATUSES)
+    phases = {"discover", "implement", "validate", "review", "human-gate", "done"}
+    assert {run.phase for run in runs if run.phase} == phases
+    assert {run.cluster for run in runs if run.status == "blocked"} == {"dev", "prod"}, "in both dialects"
+    assert {run.reason for run in runs if run.reason} == {
+        "ImagePullBackOff",
+        "OOMKilled",
+        "DeadlineExceeded",
+        "Evicted",
+        "JobSuspended",
+        "Unschedulable",
+    }
+
+
+@pytest.mark.parametrize(
+    "life",
+    [
+        ["pending", "running", "finished"],
+        ["pending", "pending ImagePullBackOff", "pending", "running"],
+        ["pending", "running", "failed OOMKilled"],
+        ["pending", "running", "failed DeadlineExceeded"],
+        ["pending", "running", "cancelled"],
+        ["pending", "running", "pending JobSuspended", "pending", "running", "finished"],
+        ["pending", "running", "blocked", "running", "finished"],
+        ["pending", "running", "blocked"],
+        ["pending", "running", "pending Evicted", "pending", "running", "finished"],
+        ["pending", "pending Unschedulable"],
+    ],
+)
+def test_a_run_lives_this_life(changes: list[Change], life: list[str]) -> None:
+    assert life in lives_of(changes).values()
+
+
+def test_the_script_ends_as_the_table_does(changes: list[Change]) -> None:
+    assert Counter({run.run_id: run.status for run in runs_of(changes)}.values()) == SUMMARY
+
+
+def test_schedule_volumes_and_warnings_live_too(changes: list[Change]) -> None:
+    rows = [change.row for change in changes]
+    last_runs = {row.last_run_at for row in rows if isinstance(row, fabrik_daemon.Schedule)}
+    assert len(last_runs) == 3, "one before the demo, two in it"
+    scheduled = {run.run_id for run in runs_of(changes) if run.schedule_id == "nightly"}
+    assert len(scheduled) == 2
+    phases = {row.phase for row in volumes_of(changes)}
+    assert phases == {"Pending", "Bound"}
+    counts: dict[str | None, int] = {}
+    for row in rows:
+        if isinstance(row, fabrik_daemon.ClusterEvent):
+            assert row.run_id
+            counts[row.reason] = row.count
+    once = {"BackoffLimitExceeded": 1, "DeadlineExceeded": 1, "Evicted": 1}
+    assert counts == {"BackOff": 5, "FailedScheduling": 5, **once}
+
+
+# The executable ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the folder for temporary files, with nothing else of the user's in reach."""
+    place = tmp_path / "tmp"
+    place.mkdir()
+    monkeypatch.setenv("TMPDIR", str(place))
+    assert home.is_dir()
+    return place
+
+
+def group_of(pid: int) -> list[str]:
+    """Return the processes of a process group that are no zombies."""
+    shown = subprocess.run(["ps", "-A", "-o", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 2) for line in shown.splitlines()]
+    return [" ".join(row[2:]) for row in rows if row[0] == str(pid) and not row[1].startswith("Z")]
+
+
+def nothing_is_left(pid: int, folder: Path) -> None:
+    """Check that neither a process nor a file is left."""
+    assert group_of(pid) == []
+    assert list(folder.iterdir()) == []
+
+
+@contextlib.contextmanager
+def piped_demo(executable: Path) -> Iterator[subprocess.Popen[str]]:
+    """Run a demo whose output is a pipe, in a process group of its own."""
+    pipe = subprocess.PIPE
+    command = [sys.executable, str(executable), "demo"]
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def daemon_pid(folder: Path) -> int:
+    """Return the demo's daemon, as soon as it holds its lock."""
+    wait_until(lambda: any(path.read_text() for path in folder.glob("*/daemon.lock")), END_S, "the demo's daemon")
+    return int(next(folder.glob("*/daemon.lock")).read_text())
+
+
+def test_a_piped_demo_prints_the_final_table_once(executable: Path, folder: Path) -> None:
+    with piped_demo(executable) as process:
+        out, errors = process.communicate(timeout=END_S)
+    assert (process.returncode, errors) == (0, "")
+    assert out.count("RUN ") == 1
+    assert "\x1b" not in out
+    table = [line.split() for line in out.partition("\n\n")[0].splitlines()[1:]]
+    assert Counter(row[2] for row in table) == SUMMARY
+    assert {row[1] for row in table} == {"dev", "prod"}
+    assert "\nvolumes    11 Bound, 1 removed\n" in out
+    assert "5 BackOff" in out
+    nothing_is_left(process.pid, folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_demo_leaves_nothing_behind(number: signal.Signals, executable: Path, folder: Path) -> None:
+    with piped_demo(executable) as process:
+        daemon_pid(folder)
+        os.killpg(process.pid, number)
+        out, errors = process.communicate(timeout=END_S)
+    assert (process.returncode, out, errors) == (128 + number, "", "")
+    nothing_is_left(process.pid, folder)
+
+
+def test_a_signal_to_the_demo_alone_ends_its_daemon_too(executable: Path, folder: Path) -> None:
+    with piped_demo(executable) as process:
+        daemon_pid(folder)
+        process.terminate()
+        _, errors = process.communicate(timeout=END_S)
+    assert (process.returncode, errors) == (143, "")
+    nothing_is_left(process.pid, folder)
+
+
+def test_a_daemon_that_dies_is_told_of(executable: Path, folder: Path) -> None:
+    with piped_demo(executable) as process:
+        os.kill(daemon_pid(folder), signal.SIGKILL)
+        out, errors = process.communicate(timeout=END_S)
+    assert (process.returncode, out) == (1, "")
+    assert "the demo's daemon was ended by SIGKILL" in errors
+    nothing_is_left(process.pid, folder)
+
+
+class Terminal:
+    """The demo on a pseudo-terminal, and all that it wrote so far."""
+
+    def __init__(self, executable: Path, lines: int, columns: int, *words: str) -> None:
+        self.shown = ""
+        self.pid, self._end = pty.fork()
+        if self.pid == 0:
+            # os.environ, since a library may have set LINES and COLUMNS behind its back.
+            environment = {**os.environ, "TERM": "xterm"}
+            os.execve(sys.executable, [sys.executable, str(executable), "demo", *words], environment)  # noqa: S606
+        fcntl.ioctl(self._end, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+        self.modes = termios.tcgetattr(self._end)
+
+    def read_until(self, pattern: str) -> str:
+        """Read on until a text appears; return all that was written until then."""
+        deadline = time.monotonic() + END_S
+        while not re.search(pattern, self.shown):
+            assert time.monotonic() < deadline, f"not within {END_S} s: {pattern}\n{self.shown!r}"
+            if select.select([self._end], [], [], LOOK_S)[0]:
+                self.shown += os.read(self._end, 65536).decode()
+        return self.shown
+
+    def press(self, key: bytes) -> None:
+        """Press a key."""
+        os.write(self._end, key)
+
+    def close(self) -> int:
+        """Read to the end; return the exit code."""
+        with contextlib.suppress(OSError):  # EIO, once the other end is closed
+            while data := os.read(self._end, 65536):
+                self.shown += data.decode()
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        os.close(self._end)
+        return code
+
+    @property
+    def frames(self) -> list[list[str]]:
+        """The frames drawn on the alternate screen, line by line."""
+        drawn = self.shown.partition("\x1b[?1049h\x1b[?25l")[2].partition("\x1b[?25h\x1b[?1049l")[0]
+        return [frame.replace("\x1b[K", "").replace("\x1b[J", "").splitlines() for frame in drawn.split("\x1b[H")[1:]]
+
+    @property
+    def left(self) -> str:
+        """What stands on the normal screen afterwards."""
+        return self.shown.partition("\x1b[?25h\x1b[?1049l")[2]
+
+
+def test_a_terminal_is_drawn_on_and_given_back(executable: Path, folder: Path, home: Path) -> None:
+    assert home.is_dir()
+    terminal = Terminal(executable, 14, 90, "--speed", "20")
+    assert terminal.close() == 0
+    assert "running" in terminal.left
+    assert "1 pending, 1 running, 1 blocked" in terminal.left
+    assert len(terminal.frames) > 10
+    assert max(len(frame) for frame in terminal.frames) <= 14
+    assert max(len(line) for frame in terminal.frames for line in frame) < 90
+    assert any("older ones" in line for line in terminal.frames[-1])
+    nothing_is_left(terminal.pid, folder)
+
+
+@pytest.mark.parametrize(("key", "code"), [(b"q", 0), (b"\x03", 130)], ids=["q", "^C"])
+def test_a_key_ends_it_and_the_terminal_is_as_before(key: bytes, code: int, executable: Path, folder: Path) -> None:
+    terminal = Terminal(executable, 30, 140)
+    terminal.read_until(r"[2-9] s of 60 s(.|\n)* running ")
+    terminal.press(key)
+    terminal.read_until(re.escape("\x1b[?25h\x1b[?1049l"))
+    assert terminal.close() == code
+    assert ("RUN" in terminal.left) == (code == 0)
+    nothing_is_left(terminal.pid, folder)
