@@ -47,6 +47,7 @@ Shell:
     Daemon: following     what watches tell -> store, cache, bus
     Daemon                composition root: settings -> parts; signals, orderly stop
     Client                a connection to the daemon, for commands
+    Diagnosis             clusters test
     Services: demo server   an API server on loopback that plays a script
     Services: demo        scripted clusters, a daemon that follows them, and what is shown of it
     Commands: reading     one function per command
@@ -197,6 +198,9 @@ CALLBACK_S: Final = 0.005  # the longest that decoding may hold the loop at a ti
 WATCH_TIMEOUT_MIN_S: Final = 300  # client-go asks for a random 5 to 10 minutes, so that ends do not coincide
 EMPTY_WATCH_S: Final = 1.0  # a watch that ends sooner and told nothing counts as a failure
 BATCH_OPERATIONS: Final = 100  # the spec's batch
+PINNED_OPERATIONS: Final = 200_000  # what is merged into one batch while a reader pins the log
+WAL_MAX_BYTES: Final = 64 * 2**20
+CACHE_BUSY_MS: Final = 10_000  # others write only when a cluster is synced without the daemon
 SEQ_BLOCK: Final = 10_000  # sequence numbers reserved at once, so that a crash never reissues one
 QUERY_ROWS: Final = 10_000
 QUERY_MEMORY_BYTES: Final = 512 * 2**20
@@ -204,6 +208,7 @@ RUN_EVENTS_SHOWN: Final = 1000
 MISSED_MAX: Final = 100  # a schedule that missed more than this is simply off
 POOL_THREADS: Final = 4  # name look-ups and helper processes; each cluster needs one at a time
 LOG_RING_LINES: Final = 2000
+SKEW_MIN_S: Final = 2.0  # an HTTP Date has whole seconds: less than this is no skew
 K3S_KUBECONFIG: Final = "/etc/rancher/k3s/k3s.yaml"
 IN_CLUSTER: Final = "in-cluster"  # in place of a kubeconfig's path: the Pod's service account
 PROTOCOL: Final = 1  # of requests and events; a change that old clients would misread raises it
@@ -717,6 +722,7 @@ class Timing(NamedTuple):
     identity: float = 5.0  # for a server to say who it is, before the watches begin without that
     renew_before: float = 60.0  # before a credential expires
     batch: float = 0.05  # the spec's background writer
+    pinned_batch: float = 5.0  # the same while a reader keeps the write-ahead log from being emptied
     cache_retry: float = 1.0  # after a failed commit: the disk may be full
     housekeeping: float = 60.0  # next runs of schedules; retention
     retention: float = 30 * 86400.0  # after a run's end
@@ -1074,7 +1080,7 @@ def parse_kubeconfig(text: str, where: str) -> JsonObject:
 
 def fabrik_clusters(document: JsonObject, path: str) -> list[ClusterSpec]:
     """Return the contexts that are fabrik's: by extension, namespace or name; k3d's and k3s's own count as such."""
-    found = []
+    found: list[ClusterSpec] = []
     for entry in list_at(document, "contexts"):
         context, name = object_at(entry, "context"), text_at(entry, "name")
         extensions = {text_at(item, "name") for item in list_at(context, "extensions")}
@@ -1949,12 +1955,16 @@ class Tables:
         """Make a change of what stands in no table here."""
         self._tell(draft, change_type, row, None)
 
+    def reserve(self) -> int:
+        """Reserve a new block of numbers and return its end."""
+        self._reserved = self.seq + SEQ_BLOCK
+        return self._reserved
+
     def reservation(self) -> int | None:
         """Return a new end of the reserved numbers, well before the present block is used up; None while it is not."""
         if self.seq <= self._reserved - SEQ_BLOCK // 2:
             return None
-        self._reserved = self.seq + SEQ_BLOCK
-        return self._reserved
+        return self.reserve()
 
     def _type(self, row: TableRow, verb: str) -> str:
         kind = self._KINDS[type(row)]
@@ -2209,6 +2219,12 @@ class Store:
         draft = Draft(now)
         self.tables.announce(draft, change_type, row)
         return self._commit(draft, None)
+
+    def objects(self) -> Iterator[tuple[ObjectKey, Facts]]:
+        """Yield all object facts."""
+        for (cluster, resource_name), objects in self._objects.items():
+            for name, facts in objects.items():
+                yield ObjectKey(cluster, resource_name, *name), facts
 
     def tick(self, now: float, retention: float) -> Commit:
         """Let time pass: schedules have a next run again; what ended longer than `retention` seconds ago leaves."""
@@ -2708,6 +2724,20 @@ def commit_statements(commit: Commit) -> list[Statement]:
     return statements
 
 
+def merge_statements(statements: Sequence[Statement]) -> list[Statement]:
+    """Leave out what a later statement of the same kind writes over; the order of the others stays."""
+    last: dict[tuple[str, Values], int] = {}
+    for index, (text, values) in enumerate(statements):
+        keys = _KEY_COUNTS.get(text)
+        last[text, values[:keys] if keys else (index,)] = index
+    return [statements[index] for index in sorted(last.values())]
+
+
+def dump_statements(rows: Iterable[TableRow], objects: Iterable[tuple[ObjectKey, Facts]]) -> list[Statement]:
+    """Return what writes all that is known into an empty cache."""
+    return [*(upsert(row) for row in rows), *(_object_statement(key, facts) for key, facts in objects)]
+
+
 def set_meta(key: str, value: str) -> Statement:
     """Return the statement that writes a value of `meta`."""
     return "INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", (
@@ -2766,6 +2796,7 @@ def authorize(action: int, first: str | None, second: str | None) -> int:
     return SQLITE_DENY
 
 
+_KEY_COUNTS: Final[dict[str, int]] = {}  # of an upsert's text: its values begin with so many that name the row
 _SQL_TEXTS: Final[dict[tuple[str, tuple[str, ...], tuple[str, ...]], str]] = {}
 
 
@@ -2780,6 +2811,7 @@ def _upsert_sql(
         text = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks}) ON CONFLICT ({', '.join(keys)}) "  # noqa: S608
         text += f"DO UPDATE SET {set_}" if set_ else "DO NOTHING"
         _SQL_TEXTS[cache_key] = text
+        _KEY_COUNTS[text] = len(keys)
     return text
 
 
@@ -3917,6 +3949,10 @@ def _progress(row: JsonObject, now: float) -> str:
     return "" if finished is None or total is None else f"{finished}/{total}"
 
 
+def _heartbeat(row: JsonObject, now: float) -> str:
+    return "" if row.get("finished_at") else age_of(row.get("heartbeat_at"), now + row.get("skew_s", 0.0))
+
+
 RUN_COLUMNS: Final = (
     Column("RUN", _field("run_id")),
     Column("CLUSTER", _field("cluster")),
@@ -3924,10 +3960,26 @@ RUN_COLUMNS: Final = (
     Column("PHASE", _field("phase")),
     Column("TASK", _field("current_task")),
     Column("PROGRESS", _progress, right=True),
-    Column("HEARTBEAT", lambda row, now: "" if row.get("finished_at") else age_of(row.get("heartbeat_at"), now)),
+    Column("HEARTBEAT", _heartbeat),
     Column("AGE", _age("created_at")),
     Column("REASON", _field("reason")),
 )
+_AS_OF: Final = Column("AS OF", _age("as_of"))
+
+
+def format_runs(rows: Sequence[JsonObject], parts: Sequence[Freshness], now: float, width: int | None) -> str:
+    """Return a table of runs. Rows of a cluster that is away say as of when they are; heartbeats go by its clock."""
+    by_name = {part.cluster: part for part in parts}
+    shown = []
+    for row in rows:
+        part = by_name.get(row["cluster"], Freshness(row["cluster"], connected=False, synced_at=None))
+        skew_s = part.skew_s if abs(part.skew_s) > SKEW_MIN_S else 0.0
+        shown.append({**row, "skew_s": skew_s, "as_of": None if part.connected else part.synced_at})
+    away = any(row["as_of"] for row in shown)
+    columns = (*RUN_COLUMNS[:3], _AS_OF, *RUN_COLUMNS[3:]) if away else RUN_COLUMNS
+    return format_table(columns, shown, now, width)
+
+
 CLUSTER_COLUMNS: Final = (
     Column("NAME", _field("name")),
     Column("SERVER", _field("server")),
@@ -3935,6 +3987,12 @@ CLUSTER_COLUMNS: Final = (
     Column("CONNECTED", lambda row, now: "yes" if row.get("connected") else "no"),
     Column("LAST EVENT", _age("last_event_at")),
     Column("ERROR", _field("error")),
+)
+DISCOVERY_COLUMNS: Final = (
+    Column("NAME", _field("name")),
+    Column("CONTEXT", _field("context")),
+    Column("KUBECONFIG", _field("kubeconfig")),
+    Column("STATUS", _field("status")),
 )
 VOLUME_COLUMNS: Final = (
     Column("VOLUME", _field("name")),
@@ -4066,6 +4124,18 @@ def format_json_line(value: object) -> str:
     """Return JSON on one line, harmless on a terminal."""
     text = json.dumps(value, ensure_ascii=False)
     return _HARMFUL.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n"
+
+
+def format_examination(clusters: Sequence[JsonObject], width: int | None) -> str:
+    """Return what `clusters test` found, for a person."""
+    text = ""
+    for cluster in clusters:
+        told = "ok" if cluster["ok"] else cluster["error"] or "not everything can be read"
+        text += _cut(safe_text(f"{cluster['name']} ({cluster['server'] or 'no server'}): {told}"), None) + "\n"
+        for watch in cluster["watches"]:
+            where = f"{watch['resource']} in {watch['namespace'] or 'all namespaces'}"
+            text += _cut(safe_text(f"  {where:<44} {watch['error'] or 'ok'}"), width) + "\n"
+    return text
 
 
 def safe_lines(text: str) -> str:
@@ -5041,14 +5111,17 @@ def _tune(sock: socket.socket) -> None:
 class CacheThread:
     """The one thread that writes cache.db: units of statements in, batches out, each in one transaction."""
 
-    def __init__(self, connection: sqlite3.Connection, timing: Timing, log: logging.Logger) -> None:
+    def __init__(self, path: str, connection: sqlite3.Connection, timing: Timing, log: logging.Logger) -> None:
+        self._path = path
         self._connection = connection
         self._timing = timing
         self._log = log
         self._queue: queue.SimpleQueue[list[Statement] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="cache", daemon=True)
         self._stopping = False
-        self.error: str | None = None  # why nothing can be written at present
+        self._pinned = False  # a reader keeps the write-ahead log from being emptied
+        self.error: str | None = None  # why writing is impossible or slowed at present
+        self.on_rebuilt: Callable[[], None] = lambda: None  # a damaged cache was set aside: write everything again
 
     def start(self) -> None:
         """Begin to write."""
@@ -5072,20 +5145,23 @@ class CacheThread:
             units, more = self._batch()
             if units:
                 self._write(units)
+                self._look_at_log()
         self._connection.close()
 
     def _batch(self) -> tuple[list[list[Statement]], bool]:
         """Return the next units, and whether there may be more after them; the first is waited for."""
         unit = self._queue.get()
         units: list[list[Statement]] = []
-        ends_at = time.monotonic() + self._timing.batch
+        ends_at = time.monotonic() + (self._timing.pinned_batch if self._pinned else self._timing.batch)
+        operations = 0
         while unit is not None:
             units.append(unit)
+            operations += len(unit)
             left = ends_at - time.monotonic()
-            if sum(map(len, units)) >= BATCH_OPERATIONS:
+            if operations >= (PINNED_OPERATIONS if self._pinned else BATCH_OPERATIONS):
                 return units, True
             try:
-                unit = self._queue.get(timeout=max(0.0, left)) if left > 0 else self._queue.get_nowait()
+                unit = self._queue.get(timeout=left) if left > 0 and not self._stopping else self._queue.get_nowait()
             except queue.Empty:
                 return units, True
         return units, False
@@ -5093,7 +5169,8 @@ class CacheThread:
     def _write(self, units: list[list[Statement]]) -> None:
         while True:
             try:
-                self._transact([statement for unit in units for statement in unit])
+                statements = [statement for unit in units for statement in unit]
+                self._transact(merge_statements(statements) if self._pinned else statements)
             except sqlite3.OperationalError as error:  # the disk is full, or the file is locked: wait
                 if self.error is None:
                     self._log.error("the cache cannot be written, trying again: %s", error)
@@ -5103,31 +5180,73 @@ class CacheThread:
                     return
                 time.sleep(self._timing.cache_retry)
             except (sqlite3.Error, OverflowError, ValueError) as error:
-                if len(units) > 1:  # one of them is bad: write each for itself
-                    for unit in units:
-                        self._write([unit])
-                else:
-                    self._write_what_goes(units[0], error)
+                self._write_apart(units, error)
                 return
             else:
-                if self.error is not None:
+                if self.error is not None and not self._pinned:
                     self._log.info("the cache can be written again")
-                self.error = None
+                    self.error = None
                 return
 
-    def _write_what_goes(self, unit: list[Statement], error: Exception) -> None:
-        self._log.error("a row cannot be written to the cache and is left out: %s", error)
-        with self._connection:
-            self._connection.execute("BEGIN IMMEDIATE")
-            for statement, values in unit:
-                with contextlib.suppress(sqlite3.Error, OverflowError, ValueError):
-                    self._connection.execute(statement, values)
+    def _write_apart(self, units: list[list[Statement]], error: Exception) -> None:
+        """Write each unit for itself where one of them is bad, and of a bad one what goes."""
+        if type(error) is sqlite3.DatabaseError:  # not one of its kinds: the file itself is damaged
+            self._rebuild(error)
+        elif len(units) > 1:
+            for unit in units:
+                self._write([unit])
+        else:
+            self._log.error("a row cannot be written to the cache and is left out: %s", error)
+            with self._connection:
+                self._connection.execute("BEGIN IMMEDIATE")
+                for statement, values in units[0]:
+                    with contextlib.suppress(sqlite3.Error, OverflowError, ValueError):
+                        self._connection.execute(statement, values)
 
-    def _transact(self, statements: list[Statement]) -> None:
+    def _rebuild(self, error: Exception) -> None:
+        """Set a cache aside that turns out to be damaged, and have everything written anew."""
+        self._connection.close()
+        set_aside(self._path, error, self._log)
+        self._connection = open_cache(self._path, self._log)
+        self.on_rebuilt()
+
+    def _transact(self, statements: Iterable[Statement]) -> None:
         with self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
             for statement, values in statements:
                 self._connection.execute(statement, values)
+
+    def _look_at_log(self) -> None:
+        """Slow down while a reader pins the write-ahead log, which would grow without end."""
+        if _size_of(self._path + "-wal") > WAL_MAX_BYTES:
+            with contextlib.suppress(sqlite3.OperationalError):
+                self._connection.execute("PRAGMA busy_timeout = 0")
+                self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            self._connection.execute(f"PRAGMA busy_timeout = {CACHE_BUSY_MS}")
+        pinned = _size_of(self._path + "-wal") > WAL_MAX_BYTES
+        if pinned and not self._pinned:
+            self.error = f"a reader keeps cache.db open: written every {self._timing.pinned_batch:g} s only"
+            self._log.warning("%s", self.error)
+        elif self._pinned and not pinned:
+            self.error = None
+            self._log.info("the cache's write-ahead log is small again")
+        self._pinned = pinned
+
+
+def _size_of(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+def set_aside(path: str, error: Exception, log: logging.Logger) -> None:
+    """Move a damaged cache out of the way, its log and index with it: without them it would lose what they hold."""
+    aside = f"{path}.damaged-{int(time.time())}"
+    for suffix in ("", "-wal", "-shm"):
+        if os.path.exists(path + suffix):
+            os.rename(path + suffix, aside + suffix)
+    log.warning("the cache is damaged (%s): set aside as %s, made anew from the clusters", error, aside)
 
 
 class SingleInstance:
@@ -5198,18 +5317,14 @@ def open_cache(path: str, log: logging.Logger) -> sqlite3.Connection:
     except sqlite3.OperationalError as error:
         raise CacheError(f"{path}: {error}", "name another place with --cache") from None
     except sqlite3.DatabaseError as error:
-        aside = f"{path}.damaged-{int(time.time())}"
-        for suffix in ("", "-wal", "-shm"):
-            if os.path.exists(path + suffix):
-                os.rename(path + suffix, aside + suffix)
-        log.warning("the cache is damaged (%s): set aside as %s, made anew from the clusters", error, aside)
+        set_aside(path, error, log)
         return _open_whole(path)
 
 
 def _open_whole(path: str) -> sqlite3.Connection:
     before = os.umask(0o077)
     try:
-        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
+        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=CACHE_BUSY_MS / 1000)
     finally:
         os.umask(before)
     with contextlib.ExitStack() as undo:
@@ -6797,6 +6912,14 @@ class Follower:
             self._synced.add(spec.name)
             self.take(self._store.announce("cluster:synced", row, now))
 
+    def rewrite_cluster(self, cluster: Cluster) -> None:
+        """Write a cluster's rows again, into a cache that was made anew."""
+        self._rows.pop(cluster.spec.name, None)
+        self.write_cluster(cluster)
+        for watcher in cluster.watchers:
+            told = {"state": watcher.told.state, "error": watcher.told.error or None, "synced_at": watcher.synced_at}
+            self._cache.put([watch_statement(watcher.scope, told)])
+
     def on_identity(self, name: str) -> bool:
         """Follow a cluster under one of its names only: that of clusters.yaml, else the first in order."""
         cluster = self.clusters[name]
@@ -6959,7 +7082,8 @@ class Daemon:
         self._lock.acquire()
         connection = open_cache(settings.cache, self._log)
         self._resumption = resume_from(connection, self._log)
-        self.cache = CacheThread(connection, settings.timing, self._log)
+        self.cache = CacheThread(settings.cache, connection, settings.timing, self._log)
+        self.cache.on_rebuilt = lambda: self._reactor.call_soon(self._write_everything)
         self.store = Store(zone_of)
         self.store.load(self._resumption.snapshot)
         self.bus = Bus(self._resumption.stream, self.store.tables.seq, self._rows_wanted)
@@ -7080,6 +7204,16 @@ class Daemon:
         now, retention = time.time(), self.settings.timing.retention
         self._follower.take(self.store.tick(now, retention))
         self.cache.put(retention_statements(self.store.tables.seq, format_time(now - retention)))
+
+    def _write_everything(self) -> None:
+        """Fill a cache that was made anew; where the watches are follows with their next word."""
+        rows = [row for kind in TABLES.values() for row in self.store.tables.rows(kind)]
+        self.cache.put(dump_statements(rows, self.store.objects()))
+        self.cache.put(
+            [set_meta("stream", self.bus.stream), set_meta("reserved_seq", str(self.store.tables.reserve()))]
+        )
+        for cluster in self._follower.clusters.values():
+            self._follower.rewrite_cluster(cluster)
 
     def _keep_socket(self) -> None:
         try:
@@ -7220,6 +7354,79 @@ def connect(settings: Settings) -> Client | None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Diagnosis
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class _Examiner:
+    """Takes what clusters tell while they are tested, and keeps nothing of it."""
+
+    def __init__(self, reactor: Reactor) -> None:
+        self._reactor = reactor
+        self.clusters: list[Cluster] = []
+
+    def on_event(self, scope: Scope, event: WatchEvent) -> None:
+        """Do nothing: what there is does not matter here."""
+
+    def on_list(self, scope: Scope, resource_version: str, items: list[Facts]) -> None:
+        """Do nothing: that it can be listed is all."""
+
+    def on_bookmark(self, scope: Scope, resource_version: str) -> None:
+        """Do nothing."""
+
+    def on_watch_state(self, scope: Scope, told: Told) -> None:
+        """Do nothing: it is read at the end."""
+
+    def on_identity(self, name: str) -> bool:
+        """Go on."""
+        return True
+
+    def on_cluster_state(self, name: str) -> None:
+        """End when every cluster has answered or failed."""
+        if all(cluster.is_settled for cluster in self.clusters):
+            self._reactor.call_soon(self._reactor.stop)
+
+
+def examine_clusters(specs: Sequence[ClusterSpec], settings: Settings, errors: TextIO) -> list[JsonObject]:
+    """Connect to clusters as the daemon does, list what it follows, and return what came of it, a row a cluster."""
+    reactor = Reactor(make_log("error", errors, LogRing()))
+    credentials = Credentials(reactor, settings.timing)
+    examiner = _Examiner(reactor)
+    examiner.clusters = [Cluster(spec, reactor, credentials, examiner, settings.timing) for spec in specs]
+    for cluster in examiner.clusters:
+        cluster.start({}, None, once=True)
+    reactor.call_later(settings.timing.sync, reactor.stop)
+    reactor.run()
+    rows = [_examined(cluster) for cluster in examiner.clusters]
+    for cluster in examiner.clusters:
+        cluster.stop()
+    credentials.close()
+    reactor.close()
+    return rows
+
+
+def _examined(cluster: Cluster) -> JsonObject:
+    watches = [
+        {
+            "resource": watcher.scope.resource,
+            "namespace": watcher.scope.namespace,
+            "ok": watcher.was_listed,
+            "error": None if watcher.was_listed else watcher.told.error or "no answer in time",
+        }
+        for watcher in cluster.watchers
+    ]
+    return {
+        "name": cluster.spec.name,
+        "server": cluster.server,
+        "uid": cluster.uid,
+        "clock_skew_seconds": cluster.skew_s,
+        "ok": all(watch["ok"] for watch in watches),
+        "error": cluster.trouble,
+        "watches": [] if cluster.error is not None else watches,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Services: demo server
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -7240,6 +7447,7 @@ class DemoServer:
         self._changed = threading.Condition()
         self._events: list[DemoStep] = []  # the n-th brings its collection to resource version n + 1
         self._closed = False
+        self._uid = str(uuid.uuid4())
         # Not HTTPServer, which asks a name server for the name of 127.0.0.1; its threads are joined when it closes.
         self._listener = socketserver.ThreadingTCPServer(("127.0.0.1", 0), _handler_for(self))
         self.url = f"http://127.0.0.1:{self._listener.server_address[1]}"
@@ -7278,6 +7486,8 @@ class DemoServer:
                 return self._answer_watch(Scope("", kind.name, match[1] or ""), query)
             if match:
                 return 200, self._list(kind, match[1] or "")
+        if parts.path == "/api/v1/namespaces/kube-system":
+            return 200, {"kind": "Namespace", "apiVersion": "v1", "metadata": {"name": "kube-system", "uid": self._uid}}
         return 404, _failure(404, "NotFound", "the server could not find the requested resource")
 
     def _list(self, kind: Resource, namespace: str) -> JsonObject:
@@ -7294,11 +7504,26 @@ class DemoServer:
         return {**head, "metadata": {"resourceVersion": str(version)}, "items": list(items.values())}
 
     def _answer_watch(self, scope: Scope, query: Mapping[str, str]) -> tuple[int, DemoAnswer]:
+        if query.get("sendInitialEvents") == "true":
+            return 200, self._stream_list(scope, query)
         version = parse_int(query.get("resourceVersion", "0"))
         if version is None or version > len(self._events):
             return 410, _failure(410, "Expired", "the resource version is none of this server's")
         seconds = float(query.get("timeoutSeconds") or _WATCH_S)
         return 200, self._watch(scope, version, seconds, bookmarks=query.get("allowWatchBookmarks") == "true")
+
+    def _stream_list(self, scope: Scope, query: Mapping[str, str]) -> Iterator[JsonObject]:
+        """Yield what there is as events, the bookmark that ends it, then what follows."""
+        kind = next(kind for kind in RESOURCES if kind.name == scope.resource)
+        head = {"kind": api_kind(kind.name), "apiVersion": _api_version(kind)}
+        listed = self._list(kind, scope.namespace)
+        for item in listed["items"]:
+            yield {"type": "ADDED", "object": {**head, **item}}
+        version = listed["metadata"]["resourceVersion"]
+        end = {"resourceVersion": version, "annotations": {"k8s.io/initial-events-end": "true"}}
+        yield {"type": "BOOKMARK", "object": {**head, "metadata": end}}
+        seconds = float(query.get("timeoutSeconds") or _WATCH_S)
+        yield from self._watch(scope, int(version), seconds, bookmarks=True)
 
     def _watch(self, scope: Scope, version: int, seconds: float, *, bookmarks: bool) -> Iterator[JsonObject]:
         kind = next(kind for kind in RESOURCES if kind.name == scope.resource)
@@ -7714,13 +7939,14 @@ def runs_list(context: Context, arguments: argparse.Namespace) -> int:
     wanted = {"status": arguments.status} if arguments.status else None
     reply = ask(context, "runs.list", clusters=arguments.cluster, filter=wanted, limit=arguments.limit)
     if reply is not None:
-        tell_source(context, "the daemon", [Freshness(**part) for part in reply["clusters"]])
+        source, parts = "the daemon", [Freshness(**part) for part in reply["clusters"]]
         rows = reply["runs"]
     else:
         reader = CacheReader(context.settings.cache)
-        tell_source(context, "the cache", check_synced(reader.freshness(), arguments.cluster))
+        source, parts = "the cache", check_synced(reader.freshness(), arguments.cluster)
         rows = _runs_in_cache(reader, arguments)
-    print_answer(context, arguments.output, rows, lambda now: format_table(RUN_COLUMNS, rows, now, context.width))
+    tell_source(context, source, parts)
+    print_answer(context, arguments.output, rows, lambda now: format_runs(rows, parts, now, context.width))
     return 0
 
 
@@ -7817,24 +8043,43 @@ def configured_clusters(settings: Settings, environment: Mapping[str, str]) -> l
     clusters = parse_clusters(read_text(settings.clusters_file) or "", settings.clusters_file, environment)
     names = {cluster.name for cluster in clusters}
     contexts = {(cluster.kubeconfig, cluster.context) for cluster in clusters}
-    for cluster in discovered_clusters(environment):
+    for cluster in discover(environment).clusters:
         if cluster.name not in names and (cluster.kubeconfig, cluster.context) not in contexts:
             names.add(cluster.name)
             clusters.append(cluster)
     return clusters
 
 
-def discovered_clusters(environment: Mapping[str, str]) -> list[ClusterSpec]:
-    """Return the fabrik contexts of $KUBECONFIG, or of ~/.kube/config; a file that is missing or broken has none."""
-    paths = environment.get("KUBECONFIG") or expand_home("~/.kube/config", environment)
+class Discovery(NamedTuple):
+    """What kubeconfigs tell of fabrik's clusters, and which of them could not be read."""
+
+    clusters: list[ClusterSpec]
+    notes: list[str]
+
+
+def discover(environment: Mapping[str, str]) -> Discovery:
+    """Look for fabrik's contexts in $KUBECONFIG (its files merged) or ~/.kube/config, and in k3s's own file.
+
+    In a Pod, where none of them has one, it is the cluster around it.
+    """
+    notes: list[str] = []
     found: list[ClusterSpec] = []
-    for path in paths.split(os.pathsep):
-        if path and os.path.exists(expand_home(path, environment)):
-            with contextlib.suppress(ConfigError):
-                found += fabrik_clusters(
-                    read_kubeconfig(expand_home(path, environment)), expand_home(path, environment)
-                )
-    return found
+    named = environment.get("KUBECONFIG") or expand_home("~/.kube/config", environment)
+    groups = [[expand_home(path, environment) for path in named.split(os.pathsep) if path], [K3S_KUBECONFIG]]
+    for group in groups:
+        contexts: list[JsonObject] = []
+        readable = []
+        for path in group:
+            if os.path.exists(path) and (path != K3S_KUBECONFIG or group == [path]):
+                try:
+                    contexts += list_at(read_kubeconfig(path), "contexts")
+                    readable.append(path)
+                except ConfigError as error:
+                    notes.append(str(error))
+        found += fabrik_clusters({"contexts": contexts}, os.pathsep.join(readable))
+    if not found and "KUBERNETES_SERVICE_HOST" in environment:
+        found.append(ClusterSpec(IN_CLUSTER, IN_CLUSTER, is_discovered=True))
+    return Discovery(found, notes)
 
 
 def read_text(path: str) -> str | None:
@@ -7855,6 +8100,8 @@ def read_text(path: str) -> str | None:
 
 def start(context: Context, arguments: argparse.Namespace) -> int:
     """Start the daemon: in the background, or here until a signal comes."""
+    for note in discover(context.environment).notes:
+        context.warn(note)
     if arguments.foreground:
         daemon = _make_daemon(context)
         daemon.run(lambda: detach(context.settings.cache) if arguments.detach else None)
@@ -8003,6 +8250,38 @@ def clusters_add(context: Context, arguments: argparse.Namespace) -> int:
     context.out.write(f"added {spec.name} to {path}\n")
     _reload_if_running(context)
     return 0
+
+
+def clusters_discover(context: Context, arguments: argparse.Namespace) -> int:
+    """Show which contexts of kubeconfigs are fabrik's, and whether they are followed."""
+    discovery = discover(context.environment)
+    path = context.settings.clusters_file
+    named = parse_clusters(read_text(path) or "", path, context.environment)
+    configured = {(spec.kubeconfig, spec.context) for spec in named}
+    names = {spec.name for spec in named}
+    rows = []
+    for spec in discovery.clusters:
+        taken = "another cluster in clusters.yaml has this name" if spec.name in names else "followed"
+        status = "in clusters.yaml" if (spec.kubeconfig, spec.context) in configured else taken
+        rows.append({"name": spec.name, "context": spec.context, "kubeconfig": spec.kubeconfig, "status": status})
+    for note in discovery.notes:
+        context.warn(note)
+    print_answer(context, arguments.output, rows, lambda now: format_table(DISCOVERY_COLUMNS, rows, now, context.width))
+    return 0
+
+
+def clusters_test(context: Context, arguments: argparse.Namespace) -> int:
+    """Connect to clusters and list what the daemon would follow; nothing is kept."""
+    specs = {spec.name: spec for spec in configured_clusters(context.settings, context.environment)}
+    for name in arguments.name:
+        if name not in specs:
+            raise NotFoundError(f"no cluster {name!r}", nearest(name, specs) if specs else "none is configured")
+    wanted = [specs[name] for name in arguments.name or specs]
+    if not wanted:
+        raise NotFoundError("no cluster is configured", "see 'fabrik-daemon clusters add --help'")
+    rows = examine_clusters(wanted, context.settings, context.errors)
+    print_answer(context, arguments.output, rows, lambda now: format_examination(rows, context.width))
+    return 0 if all(row["ok"] for row in rows) else UnreachableError.exit_code
 
 
 def clusters_remove(context: Context, arguments: argparse.Namespace) -> int:
@@ -8178,6 +8457,11 @@ def _clusters_add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _clusters_test_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="*", metavar="NAME", help="the clusters to test (default: all)")
+    _output_argument(parser)
+
+
 def _clusters_remove_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="the cluster's name")
 
@@ -8256,6 +8540,20 @@ COMMANDS: Final = (
     Command("clusters list", "list the clusters", ("clusters list -o json",), _output_argument, clusters_list),
     Command("clusters add", "add a cluster to clusters.yaml", _ADD, _clusters_add_arguments, clusters_add),
     Command("add-cluster", "the same as 'clusters add'", (), _clusters_add_arguments, clusters_add),
+    Command(
+        "clusters discover",
+        "show which contexts of kubeconfigs are fabrik's",
+        ("clusters discover",),
+        _output_argument,
+        clusters_discover,
+    ),
+    Command(
+        "clusters test",
+        "connect to clusters and say what is missing",
+        ("clusters test", "clusters test prod -o json"),
+        _clusters_test_arguments,
+        clusters_test,
+    ),
     Command(
         "clusters remove",
         "take a cluster out of clusters.yaml",
