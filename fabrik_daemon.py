@@ -186,7 +186,7 @@ else:
 
 __version__ = "0.1.0"
 
-TEXT_MAX_CHARS: Final = 4096  # one reported value; an annotation may hold 256 KiB of anything
+TEXT_MAX_BYTES: Final = 4096  # one reported value; an annotation may hold 256 KiB of anything
 INT_MAX: Final = 2**63 - 1  # SQLite's integers end here, and a larger one fails the whole batch
 JSON_MAX_CHARS: Final = 65536  # a report is some hundred bytes; what is larger is not one
 LIST_PAGE_ITEMS: Final = 500  # client-go's page size: about 2.5 MB of Pods
@@ -627,7 +627,7 @@ def clip(value: object) -> str | None:
     """Return a text that every part of the program can hold: at most 4 KiB, no lone surrogates, or None."""
     if not isinstance(value, str) or not value:
         return None
-    return value[:TEXT_MAX_CHARS].encode("utf-8", "replace").decode("utf-8")
+    return value[:TEXT_MAX_BYTES].encode("utf-8", "replace")[:TEXT_MAX_BYTES].decode("utf-8", "ignore")
 
 
 def parse_int(value: object) -> int | None:
@@ -877,9 +877,12 @@ def _cluster_from(item: yaml.Node, where: str, environment: Mapping[str, str]) -
             raise ConfigError(f"{here}: a cluster without {key}", f"add '{key}: ...'")
     check_cluster_name(values["name"], here)
     namespaces = values.get("namespaces") or (values.get("defaultNamespace", "fabrik-runs"),)
+    kubeconfig = expand_home(values["kubeconfig"], environment)
+    if not kubeconfig.startswith("/") and kubeconfig != IN_CLUSTER:
+        kubeconfig = f"{where.rpartition('/')[0] or '.'}/{kubeconfig}"  # beside clusters.yaml, wherever that is read
     return ClusterSpec(
         name=values["name"],
-        kubeconfig=expand_home(values["kubeconfig"], environment),
+        kubeconfig=kubeconfig,
         context=values.get("context"),
         namespaces=parse_namespaces(namespaces, here),
         label_selector=values.get("labelSelector"),
@@ -1053,8 +1056,10 @@ def parse_server(url: str) -> Endpoint:
     try:
         parts = urllib.parse.urlsplit(url)
         port = parts.port
-    except ValueError as error:
-        raise ConfigError(f"server {url!r}: {error}", "correct the kubeconfig") from None
+    except ValueError:
+        raise ConfigError("the server's URL is none", "correct the kubeconfig") from None
+    if parts.username or parts.password:
+        raise ConfigError("the server's URL holds a password", "use a token or a certificate")
     if parts.scheme not in ("https", "http") or not parts.hostname:
         raise ConfigError(f"server {url!r} is no http(s) URL", "correct the kubeconfig")
     tls = parts.scheme == "https"
@@ -2000,6 +2005,8 @@ class RunBook:
         self._owners: dict[str, Place] = {}  # run_id -> who holds it
         self._endings: dict[tuple[str, str], str] = {}  # cluster and Job uid -> what an Event told
         self._listed: dict[Scope, bool] = {}  # Jobs: listed, or forbidden (False)
+        self._unsettled: set[str] | None = set()  # keys given before every cluster was listed; None once all were
+        self.priorities: Mapping[str, int] = {}  # of clusters
 
     def load(self, synced: Iterable[Scope]) -> None:
         """Take over the keys of the rows that the tables hold, and whose Jobs have been listed."""
@@ -2069,8 +2076,11 @@ class RunBook:
             return []
         is_new = entry.run_id is None
         if entry.run_id is None:
+            self._give_way(draft, place)
             entry.run_id = self._key_for(place, bool(job and job.scheduled))
             self._owners[entry.run_id] = place
+            if self._unsettled is not None:
+                self._unsettled.add(entry.run_id)
         pod = current_pod(entry.pods.values(), job)
         self._tables.set(draft, self._row(place, entry.run_id, job, pod, draft.now))
         if is_new and entry.run_id != place.id:
@@ -2092,6 +2102,27 @@ class RunBook:
         """Drop a run whole."""
         del self._entries[self._owners.pop(run_id)]
         self._tables.drop(draft, Run, (run_id,))
+
+    def settle(self) -> None:
+        """Keep keys where they are from now on: every cluster was listed, or cannot be at present."""
+        self._unsettled = None
+
+    def _give_way(self, draft: Draft, place: Place) -> None:
+        """Take the plain id from a place that had it only because its list came first."""
+        holder = self._owners.get(place.id)
+        if holder is None or self._unsettled is None or place.id not in self._unsettled:
+            return
+        if self._rank(place) < self._rank(holder):
+            entry = self._entries[holder]
+            self._tables.drop(draft, Run, (place.id,))
+            entry.run_id = f"{holder.id}@{holder.cluster}/{holder.namespace}"
+            self._owners[entry.run_id] = holder
+            self._rename_followers(draft, holder, entry.run_id)
+            del self._owners[place.id]
+            draft.places[holder] = None
+
+    def _rank(self, place: Place) -> tuple[int, str, str]:
+        return self.priorities.get(place.cluster, 0), place.cluster, place.namespace
 
     def _is_listed(self, place: Place) -> bool | None:
         own = self._listed.get(Scope(place.cluster, JOBS.name, place.namespace))
@@ -2186,6 +2217,14 @@ class Store:
         if last is not None and (known is None or known.uid == last.uid):
             self._bury(draft, key, last, DELETED)
         return self._commit(draft, progress)
+
+    def set_priorities(self, priorities: Mapping[str, int]) -> None:
+        """Take in which cluster has the plain run_id of an id that stands in several: the lower."""
+        self._runs.priorities = priorities
+
+    def settle(self) -> None:
+        """Take in that every cluster was listed, or cannot be at present: run_ids stay where they are."""
+        self._runs.settle()
 
     def advance(self, progress: Progress, now: float) -> Commit:
         """Take in a bookmark."""
@@ -2304,10 +2343,13 @@ class Store:
             self.tables.set(draft, warning_row(key.cluster, facts, self._runs.run_id_for(key.cluster, facts)))
 
     def _commit(self, draft: Draft, progress: Progress | None) -> Commit:
-        for place in draft.places:
-            for pod in self._runs.derive(draft, place):
-                self._runs.detach(place.cluster, pod)
-                self._erase(draft, ObjectKey(place.cluster, PODS.name, pod.namespace, pod.name))
+        done: set[Place] = set()
+        while len(done) < len(draft.places):  # it grows where a run gives way to another
+            for place in [place for place in draft.places if place not in done]:
+                done.add(place)
+                for pod in self._runs.derive(draft, place):
+                    self._runs.detach(place.cluster, pod)
+                    self._erase(draft, ObjectKey(place.cluster, PODS.name, pod.namespace, pod.name))
         reserved = self.tables.reservation()
         objects = tuple(draft.objects.items())
         return Commit(tuple(draft.changes), objects, progress, reserved, tuple(draft.malformed))
@@ -5368,6 +5410,11 @@ class Resumption(NamedTuple):
     stream: str
     changes: list[Change]  # the last ones, the oldest first
 
+    def versions_of(self, name: str, followed: str) -> dict[Scope, tuple[str, str]]:
+        """Return where a cluster's watches go on; nowhere where something else stands behind its name now."""
+        before, self.followed[name] = self.followed.get(name) or followed, followed
+        return self.versions if before == followed else {}
+
 
 def resume_from(connection: sqlite3.Connection, log: logging.Logger) -> Resumption:
     """Read what the cache holds, and reserve a block of sequence numbers before the first is given out."""
@@ -6790,6 +6837,12 @@ class LogRing:
         self._followers.pop(subscription, None)
 
 
+def _make_harmless(record: logging.LogRecord) -> bool:
+    """Take out of a message what could steer a terminal: clusters and peers put what they like into it."""
+    record.msg, record.args = safe_text(record.getMessage()), ()
+    return True
+
+
 def make_log(level: str, errors: TextIO, ring: LogRing) -> logging.Logger:
     """Return the daemon's log, which goes to stderr and to the ring; no file is ever written."""
     log = logging.getLogger("fabrik-daemon")
@@ -6798,6 +6851,7 @@ def make_log(level: str, errors: TextIO, ring: LogRing) -> logging.Logger:
     formatter.converter = time.gmtime
     handler.setFormatter(formatter)
     log.handlers[:] = [handler, logging.handlers.QueueHandler(ring)]  # type: ignore[arg-type]  # all it needs is put_nowait
+    log.filters[:] = [_make_harmless]
     log.setLevel(level.upper())
     log.propagate = False
     return log
@@ -7136,6 +7190,7 @@ class Daemon:
             self._follower.clusters.pop(name).stop()
             self._follower.forget_cluster(name)
         self._specs = specs
+        self.store.set_priorities({spec.name: spec.priority for spec in specs.values()})
         for name in (*added, *changed):
             self._begin(specs[name])
         self._log.info("reloaded: added %s, changed %s, removed %s", added, changed, removed)
@@ -7152,6 +7207,7 @@ class Daemon:
             if name not in self._specs:
                 self._follower.forget_cluster(name)
         try:
+            self.store.set_priorities({spec.name: spec.priority for spec in self._specs.values()})
             for spec in self._specs.values():
                 self._begin(spec)
             ready()
@@ -7164,25 +7220,23 @@ class Daemon:
     def _begin(self, spec: ClusterSpec) -> None:
         cluster = Cluster(spec, self._reactor, self._credentials, self._follower, self.settings.timing)
         self._follower.clusters[spec.name] = cluster
-        cluster.start(self._versions(spec), self._resumption.uids.get(spec.name), once=self._once)
+        followed = json.dumps([spec.kubeconfig, spec.context, spec.label_selector])
+        self.cache.put([set_meta(f"followed:{spec.name}", followed)])
+        versions = self._resumption.versions_of(spec.name, followed)
+        cluster.start(versions, self._resumption.uids.get(spec.name), once=self._once)
         self._follower.write_cluster(cluster)
         names = ", ".join(spec.namespaces) if spec.namespaces != ("",) else "all namespaces"
         self._log.info("%s: following %s", spec.name, names)
 
-    def _versions(self, spec: ClusterSpec) -> dict[Scope, tuple[str, str]]:
-        """Return where a cluster's watches go on; nowhere where another cluster or selector stands behind its name."""
-        followed = json.dumps([spec.kubeconfig, spec.context, spec.label_selector])
-        before = self._resumption.followed.get(spec.name)
-        self.cache.put([set_meta(f"followed:{spec.name}", followed)])
-        self._resumption.followed[spec.name] = followed
-        return self._resumption.versions if before in (None, followed) else {}
-
     def _on_settled(self, cluster: Cluster) -> None:
         clusters = self._follower.clusters.values()
         self._ever_worked = self._ever_worked or any(each.error is None and each.server for each in clusters)
-        if self._once and len(clusters) == len(self._specs) and all(each.is_settled for each in clusters):
-            self._reactor.call_soon(self._reactor.stop)
-        elif not self._ever_worked and clusters and all(isinstance(each.error, ConfigError) for each in clusters):
+        if len(clusters) == len(self._specs) and all(each.is_settled for each in clusters):
+            self.store.settle()
+            if self._once:
+                self._reactor.call_soon(self._reactor.stop)
+                return
+        if not self._ever_worked and clusters and all(isinstance(each.error, ConfigError) for each in clusters):
             self._failure = cluster.error
             self._reactor.stop()
 
@@ -8065,12 +8119,13 @@ def discover(environment: Mapping[str, str]) -> Discovery:
     notes: list[str] = []
     found: list[ClusterSpec] = []
     named = environment.get("KUBECONFIG") or expand_home("~/.kube/config", environment)
-    groups = [[expand_home(path, environment) for path in named.split(os.pathsep) if path], [K3S_KUBECONFIG]]
+    paths = [os.path.abspath(expand_home(path, environment)) for path in named.split(os.pathsep) if path]
+    groups = [paths, [K3S_KUBECONFIG]]
     for group in groups:
         contexts: list[JsonObject] = []
         readable = []
         for path in group:
-            if os.path.exists(path) and (path != K3S_KUBECONFIG or group == [path]):
+            if os.path.exists(path) and (path not in paths or group is paths):
                 try:
                     contexts += list_at(read_kubeconfig(path), "contexts")
                     readable.append(path)
@@ -8651,6 +8706,9 @@ def _dispatch(argv: Sequence[str], out: TextIO, errors: TextIO) -> int:
     arguments = make_parser(command).parse_args([*rest, *flags])
     places = Flags(arguments.config, arguments.cache, arguments.socket)
     settings = settings_from(places, os.environ, read_text)
+    settings = settings._replace(cache=os.path.abspath(settings.cache))  # the daemon's own folder is another
+    if settings.socket is not None:
+        settings = settings._replace(socket=os.path.abspath(settings.socket))
     return command.run(Context(settings, os.environ, out, errors), arguments)
 
 
