@@ -5410,10 +5410,11 @@ class Resumption(NamedTuple):
     stream: str
     changes: list[Change]  # the last ones, the oldest first
 
-    def versions_of(self, name: str, followed: str) -> dict[Scope, tuple[str, str]]:
-        """Return where a cluster's watches go on; nowhere where something else stands behind its name now."""
+    def take_versions(self, name: str, followed: str) -> dict[Scope, tuple[str, str]]:
+        """Return, once, where a cluster's watches go on; nowhere where something else stands behind its name now."""
+        taken = {scope: self.versions.pop(scope) for scope in list(self.versions) if scope.cluster == name}
         before, self.followed[name] = self.followed.get(name) or followed, followed
-        return self.versions if before == followed else {}
+        return taken if before == followed else {}
 
 
 def resume_from(connection: sqlite3.Connection, log: logging.Logger) -> Resumption:
@@ -7222,7 +7223,7 @@ class Daemon:
         self._follower.clusters[spec.name] = cluster
         followed = json.dumps([spec.kubeconfig, spec.context, spec.label_selector])
         self.cache.put([set_meta(f"followed:{spec.name}", followed)])
-        versions = self._resumption.versions_of(spec.name, followed)
+        versions = self._resumption.take_versions(spec.name, followed)
         cluster.start(versions, self._resumption.uids.get(spec.name), once=self._once)
         self._follower.write_cluster(cluster)
         names = ", ".join(spec.namespaces) if spec.namespaces != ("",) else "all namespaces"
