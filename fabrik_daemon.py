@@ -2050,10 +2050,9 @@ class RunBook:
 
     def set_listed(self, scope: Scope, listed: bool) -> list[Place]:
         """Note that a scope's Jobs were listed, or may not be; return whose rows that makes derivable."""
-        if scope.resource != JOBS.name or self._listed.get(scope, listed is None) == listed:
-            return []
-        if not listed and scope in self._listed:
-            return []  # a right that was lost does not unmake what is known
+        known = self._listed.get(scope)
+        if scope.resource != JOBS.name or known or known == listed:
+            return []  # a right that was lost later does not unmake what is known
         self._listed[scope] = listed
         return [
             place
@@ -2100,7 +2099,9 @@ class RunBook:
 
     def forget(self, draft: Draft, run_id: str) -> None:
         """Drop a run whole."""
-        del self._entries[self._owners.pop(run_id)]
+        place = self._owners.pop(run_id)
+        for job in self._entries.pop(place).jobs.values():
+            self._endings.pop((place.cluster, job.uid), None)
         self._tables.drop(draft, Run, (run_id,))
 
     def settle(self) -> None:
