@@ -217,6 +217,7 @@ SOCKET_PATH_BYTES: Final = 103  # sun_path holds 104 bytes on macOS, 108 on Linu
 CONNECTIONS_MAX: Final = 1000
 DESCRIPTORS: Final = 4096  # a thousand clients, five watches a namespace, and room
 LISTEN_BACKLOG: Final = 1024
+ACCEPT_PAUSE_S: Final = 0.5  # when no descriptor is left
 ACCEPTS_PER_TURN: Final = 64  # before others get their turn
 REQUEST_MAX_BYTES: Final = 2**20  # SQL may be long; nothing else is
 OUTPUT_HIGH_BYTES: Final = 256 * 1024  # more than this is not handed to a connection that does not take it
@@ -3022,7 +3023,8 @@ class HttpServerCodec:
 
     def chunk(self, data: bytes) -> bytes:
         """Return a part of a response's body."""
-        return self._send(h11.Data(data=data)) if data else b""
+        wanted = self._request is not None and self._request.method != b"HEAD"
+        return self._send(h11.Data(data=data)) if data and wanted else b""
 
     def end(self) -> bytes:
         """Return the end of a response."""
@@ -6642,7 +6644,7 @@ class Server:
         self._path = path
         found = os.stat(path)
         self._inode = found.st_dev, found.st_ino
-        self.reactor.register(self._listener, selectors.EVENT_READ, self._on_ready)
+        self._listen()
 
     def keep(self) -> None:
         """Make the socket again where its file has vanished or is another's now. Raises SocketError."""
@@ -6680,18 +6682,27 @@ class Server:
             self._unsubscribe(subscription)
 
     def _on_ready(self, _events: int) -> None:
+        listener = self._listener
         for _ in range(ACCEPTS_PER_TURN):
-            try:
-                sock, _address = self._listener.accept() if self._listener is not None else (None, None)
-            except OSError:  # nobody waits any more, or no descriptor is left: the next turn tries again
+            if listener is None:
                 return
-            if sock is None:
+            try:
+                sock, _address = listener.accept()
+            except BlockingIOError:
+                return
+            except OSError:  # no descriptor is left: without a pause the loop would do nothing but try
+                self.reactor.unregister(listener)
+                self.reactor.call_later(ACCEPT_PAUSE_S, self._listen)
                 return
             if len(self._connections) >= CONNECTIONS_MAX or peer_uid(sock) not in (os.geteuid(), 0):
                 sock.close()
                 continue
             sock.setblocking(False)
             self._connections[ServerConnection(self, sock)] = None
+
+    def _listen(self) -> None:
+        if self._listener is not None:
+            self.reactor.register(self._listener, selectors.EVENT_READ, self._on_ready)
 
     def _close_listener(self) -> None:
         if self._listener is not None:
