@@ -139,6 +139,9 @@ def enter(tree):
         del sys.path[0]  # the archive: nothing more comes from it, and every import would ask it first
     others = [os.path.basename(part) in ("site-packages", "dist-packages") for part in sys.path] + [True]
     sys.path.insert(others.index(True), os.path.join(tree, "site-packages"))
+    import gc
+
+    gc.disable()  # nothing that a start makes is garbage; run() switches it on
     import fabrik_daemon
 
     fabrik_daemon.run()

@@ -58,6 +58,8 @@ Shell:
 from __future__ import annotations
 
 import codecs
+import gc
+import io
 import json
 import math
 import os
@@ -189,6 +191,7 @@ __version__ = "0.1.0"
 TEXT_MAX_BYTES: Final = 4096  # one reported value; an annotation may hold 256 KiB of anything
 INT_MAX: Final = 2**63 - 1  # SQLite's integers end here, and a larger one fails the whole batch
 JSON_MAX_CHARS: Final = 65536  # a report is some hundred bytes; what is larger is not one
+DURATION_MAX_S: Final = 100 * 365 * 86400.0  # beyond that dates overflow
 LIST_PAGE_ITEMS: Final = 500  # client-go's page size: about 2.5 MB of Pods
 ITEM_MAX_BYTES: Final = 16 * 2**20  # etcd refuses objects above 1.5 MB; beyond this a stream is garbage
 HEADERS_MAX_BYTES: Final = 64 * 1024
@@ -229,6 +232,7 @@ SNAPSHOT_ROWS: Final = 100  # rows serialised at a time, about 1 ms
 CLIENT_TIMEOUT_S: Final = 10.0  # of a command, for the daemon's answer
 LOCK_POLL_S: Final = 0.02  # where only asking again tells
 HELPERS_END_S: Final = 0.5  # for helper processes that were killed to be gone
+HELP_COLUMNS: Final = 100
 LAST_WORDS_CHARS: Final = 20_000
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -300,6 +304,12 @@ class SocketError(FabrikError):
     """The socket cannot be where it should."""
 
     exit_code, http_status, code = 2, 500, "socket"
+
+
+class CredentialsError(FabrikError):
+    """A plugin that should give credentials fails at present; it may do better later."""
+
+    exit_code, http_status, code = 5, 502, "credentials"
 
 
 class TwinError(ConfigError):
@@ -563,15 +573,15 @@ def time_text(value: object) -> str | None:
 
 def parse_duration(text: str) -> float:
     """Return the seconds of `90`, `1.5s`, `10m` or `1h30m`. Raises ValueError."""
-    try:
+    parts = _DURATION.findall(text)
+    if re.fullmatch(r"\d+(\.\d+)?", text, re.ASCII):
         seconds = float(text)
-    except ValueError:
-        parts = _DURATION.findall(text)
-        if not parts or "".join(number + unit for number, unit in parts) != text:
-            raise ValueError(f"{text!r} is no duration; write 30s, 10m, 24h or 7d") from None
-        return sum(float(number) * _DURATION_UNITS[unit] for number, unit in parts)
-    if not 0 <= seconds < INT_MAX:
-        raise ValueError(f"{text!r} is no duration; write 30s, 10m, 24h or 7d")
+    elif parts and "".join(number + unit for number, unit in parts) == text:
+        seconds = sum(float(number) * _DURATION_UNITS[unit] for number, unit in parts)
+    else:
+        seconds = math.inf
+    if seconds > DURATION_MAX_S:
+        raise ValueError(f"{text[:40]!r} is no duration; write 30s, 10m, 24h or 7d")
     return seconds
 
 
@@ -970,7 +980,7 @@ _Scalar = TypeVar("_Scalar", int, bool)
 
 def _yaml_scalar(node: yaml.Node, at: str, key: str, kind: type[_Scalar]) -> _Scalar:
     value = yaml.safe_load(node.value) if isinstance(node, yaml.ScalarNode) else None
-    if type(value) is not kind:
+    if type(value) is not kind or abs(value) > INT_MAX:
         raise ConfigError(f"{at}: {key} must be {'a whole number' if kind is int else 'true or false'}")
     return value
 
@@ -1101,13 +1111,11 @@ def fabrik_clusters(document: JsonObject, path: str) -> list[ClusterSpec]:
 
 
 def connection_from(resolved: JsonObject) -> Connection:
-    """Return the connection that the credentials helper printed. Raises ConfigError with its complaint."""
+    """Return the connection that the credentials helper printed. Raises what it complains of."""
     if "error" in resolved:
-        raise ConfigError(str(resolved["error"]))
+        raise (ConfigError if resolved.get("is_configuration") else CredentialsError)(str(resolved["error"]))
     known = {name: resolved[name] for name in Connection._fields if name in resolved and name != "files"}
-    connection = Connection(**known)
-    parse_server(connection.server)
-    return connection
+    return Connection(**known)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3436,8 +3444,7 @@ class WatchMachine:
         self._position = _Position(target.label_selector, resource_version)
         self._request = _Request(0.0, initial=False)
         self._renewed = False
-        self._due_at = 0.0
-        self._healthy_since = 0.0
+        self._due_at = self._healthy_since = 0.0
         self._relist_at = math.inf
         self.state = CONNECTING
 
@@ -3504,7 +3511,7 @@ class WatchMachine:
             self._position.advance(version)
             return [Advance(version)]
         if event.type not in ("ADDED", "MODIFIED", "DELETED") or not version:
-            return self.on_failure(f"an event of unknown type {clip(event.type)!r} or without a version", now)
+            return self.on_failure(f"an event of type {event.type[:20]!r}, or without a version", now)
         self._request.events += 1
         self._position.advance(version)
         return [Apply(event)]
@@ -3603,11 +3610,12 @@ class WatchMachine:
         return [HangUp(), *self._enter(LISTING, "the resource version expired", now), *again(now)]
 
     def _unauthorised(self, refusal: Refusal, now: float) -> list[Action]:
-        if not self._renewed:
-            self._renewed = True
-            self._enter(UNAUTHORISED, refusal.message, now + self._timing.credentials + self._timing.backoff_max)
-            return [HangUp(), Told(UNAUTHORISED, refusal.message, None), Renew()]
-        return self.on_failure(refusal.message, now, state=UNAUTHORISED)
+        error = f"the credentials were refused: {refusal.message}"
+        if self._renewed:
+            return self.on_failure(error, now, state=UNAUTHORISED)
+        self._renewed = True
+        self._enter(UNAUTHORISED, error, now + self._timing.credentials + self._timing.backoff_max)
+        return [HangUp(), Told(UNAUTHORISED, error, None), Renew()]
 
     def _enter(self, state: str, error: str, due_at: float) -> list[Action]:
         self.state, self._due_at = state, due_at
@@ -3772,7 +3780,7 @@ def check_synced(parts: Sequence[Freshness], clusters: Iterable[str]) -> list[Fr
             raise NotFoundError(f"no cluster {name!r} is known", nearest(name, known) if known else "none is")
     asked = [part for part in parts if part.cluster in clusters] if clusters else list(parts)
     if not any(part.synced_at for part in asked):
-        told = "; ".join(f"{part.cluster}: {part.error}" for part in asked if part.error)
+        told = "; ".join(part.error for part in asked if part.error)
         names = ", ".join(part.cluster for part in asked) or "no cluster"
         raise NotSyncedError(f"not yet synced: {names}", told or "wait a moment, or see 'fabrik-daemon clusters list'")
     return asked
@@ -3782,9 +3790,9 @@ def pick_run(runs: Sequence[Run], wanted: str) -> Run:
     """Return the run that an id means: its key, or its label id where that is no other's. Raises FabrikError."""
     found = [run for run in runs if run.run_id == wanted] or [run for run in runs if run.id == wanted]
     if len(found) > 1:
-        raise UsageError(f"{wanted} is ambiguous", "say " + " or ".join(sorted(run.run_id for run in found)))
+        raise UsageError(f"{wanted[:80]} is ambiguous", "say " + " or ".join(sorted(run.run_id for run in found)))
     if not found:
-        raise NotFoundError(f"no run {clip(wanted)!r} is known", "see 'fabrik-daemon runs list'")
+        raise NotFoundError(f"no run {wanted[:80]!r} is known", "see 'fabrik-daemon runs list'")
     return found[0]
 
 
@@ -4764,7 +4772,8 @@ class Reactor:
             if max(late_s, time.time() - self.now() - offset) > self._sleep_s:
                 self._call(self._on_sleep)
             for key, events in ready:
-                self._call(lambda key=key, events=events: key.data(events))  # type: ignore[misc]
+                if self._selector.get_map().get(key.fd) is key:  # else a callback before it closed or changed it
+                    self._call(lambda key=key, events=events: key.data(events))  # type: ignore[misc]
             for _ in range(len(self._soon)):
                 self._call(self._soon.popleft())
             now = self.now()
@@ -5374,11 +5383,14 @@ def _open_whole(path: str) -> sqlite3.Connection:
         os.umask(before)
     with contextlib.ExitStack() as undo:
         undo.callback(connection.close)
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if tables and "meta" not in tables:
+            raise CacheError(f"{path} is another program's database", "name another place with --cache")
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
         problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
         if problem != "ok":
-            raise sqlite3.DatabaseError(problem)
+            raise sqlite3.DatabaseError(" ".join(problem.split())[:200])
         _migrate(connection, path)
         undo.pop_all()
     return connection
@@ -5420,8 +5432,15 @@ class Resumption(NamedTuple):
         return taken if before == followed else {}
 
 
-def resume_from(connection: sqlite3.Connection, log: logging.Logger) -> Resumption:
-    """Read what the cache holds, and reserve a block of sequence numbers before the first is given out."""
+def resume_from(path: str, connection: sqlite3.Connection, log: logging.Logger) -> Resumption:
+    """Read what the cache holds, and reserve sequence numbers before the first is given out. Raises CacheError."""
+    try:
+        return _resume(connection, log)
+    except sqlite3.Error as error:
+        raise CacheError(f"{path}: {error}", "name another place with --cache") from None
+
+
+def _resume(connection: sqlite3.Connection, log: logging.Logger) -> Resumption:
     reserved = int(_meta(connection, "reserved_seq") or 0)
     with connection:
         connection.execute("BEGIN IMMEDIATE")
@@ -5516,9 +5535,9 @@ class CacheReader:
     def freshness(self) -> list[Freshness]:
         """Return how old each cluster's part is: by the watch that is behind the others, forbidden ones left out."""
         found = self.rows(
-            "SELECT c.name, c.connected, c.error, min(coalesce(w.synced_at, '')) AS synced_at FROM clusters c"
-            " LEFT JOIN watches w ON w.cluster = c.name AND coalesce(w.state, '') != 'forbidden'"
-            " GROUP BY c.name ORDER BY c.priority, c.name"
+            "SELECT c.name, c.connected, c.error, coalesce(min(CASE WHEN w.state = 'forbidden' THEN NULL"
+            " ELSE coalesce(w.synced_at, '') END), min(w.synced_at)) AS synced_at FROM clusters c"
+            " LEFT JOIN watches w ON w.cluster = c.name GROUP BY c.name ORDER BY c.priority, c.name"
         )
         return [
             Freshness(row["name"], bool(row["connected"]) and self._kept_up, row["synced_at"] or None, row["error"])
@@ -5566,6 +5585,7 @@ def run_query(reader: CacheReader, sql: str, seconds: float) -> QueryResult:
     connection = reader.connection
     connection.execute("SELECT * FROM json_each('[]')").fetchall()  # fails under the authorizer unless touched before
     connection.execute("PRAGMA query_only = 1")
+    connection.text_factory = lambda data: data.decode("utf-8", "replace")
     connection.set_authorizer(lambda action, first, second, *_: authorize(action, first, second))
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (QUERY_MEMORY_BYTES, QUERY_MEMORY_BYTES))
@@ -5649,7 +5669,7 @@ class Credentials:
             if isinstance(error, FabrikError):
                 done(error)
             elif error is not None:
-                done(ConfigError(f"{spec.kubeconfig}: {error}"))
+                done(CredentialsError(f"{spec.kubeconfig}: {error}"))
             else:
                 done(result)
 
@@ -5670,7 +5690,7 @@ class Helpers:
         with self._changed:
             if self._closed:
                 os.rmdir(place)
-                raise ConfigError("the daemon is stopping")
+                raise CredentialsError("the daemon is stopping")
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -5724,10 +5744,10 @@ def resolve_connection(spec: ClusterSpec, timeout: float, helpers: Helpers) -> C
         output = helpers.run(own_command("_credentials", spec.kubeconfig, spec.context or ""), timeout)
     except subprocess.TimeoutExpired:
         told = f"{spec.kubeconfig}: its credentials took over {timeout:g} s"
-        raise ConfigError(told, "run its plugin by hand") from None
+        raise CredentialsError(told, "run its plugin by hand") from None
     resolved = parse_json(output.decode("utf-8", "replace"))
     if resolved is None:
-        raise ConfigError(f"{spec.kubeconfig}: its credentials cannot be resolved")
+        raise CredentialsError(f"{spec.kubeconfig}: its credentials cannot be resolved")
     return connection_from(resolved)._replace(files=file_times(resolved.get("files", [])))
 
 
@@ -5758,9 +5778,9 @@ def credentials_helper(path: str, context: str, out: TextIO) -> int:
     try:
         resolved = _resolve(path, context)
     except FabrikError as error:
-        resolved = {"error": str(error)}
+        resolved = {"error": str(error), "is_configuration": isinstance(error, ConfigError)}
     except (kubernetes.config.ConfigException, LookupError, TypeError, ValueError, AttributeError, OSError) as error:
-        resolved = {"error": f"{path}: {' '.join(str(error).split())[:300]}"}
+        resolved = {"error": f"{path}: {' '.join(str(error).split())[:300]}", "is_configuration": True}
     out.write(json.dumps(resolved))
     return 0
 
@@ -5784,6 +5804,8 @@ def _resolve(path: str, context: str) -> JsonObject:
     entry = merged["contexts"].get_with_name(name)["context"]
     cluster = merged["clusters"].get_with_name(entry["cluster"])["cluster"]
     found = merged["users"].get_with_name(entry["user"], safe=True) if entry.safe_get("user") else None
+    if entry.safe_get("user") and found is None:
+        raise ConfigError(f"{path}: context {name!r} names user {entry['user']!r}, which is not there", "add it")
     user = found["user"] if found and found.safe_get("user") else None
     _refuse_unsupported(path, cluster.value, user.value if user else {})
     files = _files_named(path, cluster.value, user.value if user else {})
@@ -5811,6 +5833,14 @@ def read_kubeconfig(path: str) -> JsonObject:
 
 
 def _refuse_unsupported(path: str, cluster: JsonObject, user: JsonObject) -> None:
+    if not isinstance(cluster.get("server"), str) or not cluster["server"]:
+        raise ConfigError(f"{path}: its cluster has no server", "add 'server: https://...'")
+    for key, value in (*cluster.items(), *user.items()):
+        if key.endswith("-data"):
+            try:
+                base64.b64decode("".join(str(value).split()), validate=True)
+            except ValueError:
+                raise ConfigError(f"{path}: {key} is no base64", "copy the kubeconfig anew") from None
     if "username" in user or "password" in user:
         raise ConfigError(f"{path}: basic authentication left Kubernetes in 1.19", "use a token or a certificate")
     if cluster.get("proxy-url"):
@@ -5823,12 +5853,14 @@ def _run_plugin(plugin: Any, path: str) -> JsonObject:
     try:
         status = kubernetes.config.exec_provider.ExecProvider(plugin, os.path.dirname(os.path.abspath(path))).run()
     except OSError as error:
-        raise ConfigError(f"exec plugin {command!r}: {error.strerror}", "install it, or correct its path") from None
+        raise CredentialsError(
+            f"exec plugin {command!r}: {error.strerror}", "install it, or correct its path"
+        ) from None
     except kubernetes.config.ConfigException as error:
         why = re.match(r"exec: (process returned \d+|failed to decode|malformed \w+|plugin api version)", str(error))
-        raise ConfigError(f"exec plugin {command!r}: {why[1] if why else 'failed'}", "run it by hand") from None
+        raise CredentialsError(f"exec plugin {command!r}: {why[1] if why else 'failed'}", "run it by hand") from None
     if not isinstance(status, dict) or not (status.get("token") or status.get("clientCertificateData")):
-        raise ConfigError(f"exec plugin {command!r}: no credential in its answer", "run it by hand")
+        raise CredentialsError(f"exec plugin {command!r}: no credential in its answer", "run it by hand")
     return status
 
 
@@ -6221,6 +6253,7 @@ class ClusterState:
     def synced_at(self) -> str | None:
         """When the cluster's part was the last word, by the watch furthest behind; None before all are listed."""
         times = [watcher.synced_at for watcher in self.watchers if watcher.told.state != FORBIDDEN]
+        times = times or [watcher.synced_at for watcher in self.watchers if watcher.synced_at]  # all are forbidden now
         return min((moment or "" for moment in times), default="") or None
 
     @property
@@ -6287,7 +6320,7 @@ class Cluster(ClusterState):
 
     def stop(self, error: FabrikError | None = None) -> None:
         """End all watches; `error` says why, to whoever asks."""
-        self._stopped, self.error = True, error
+        self._stopped, self.error = True, error or self.error
         for watcher in self.watchers:
             watcher.stop()
         for timer in self._timers.values():
@@ -6366,7 +6399,7 @@ class Cluster(ClusterState):
             try:
                 route = route_of(result)
             except ConfigError as error:
-                self._on_unresolved(error)
+                self._on_unresolved(ConfigError(f"{self.spec.kubeconfig}: {error.message}", error.hint))
                 return
             before, self._connection, self._route = self._connection, result, route
             self.server, self.error, self._files = result.server, None, result.files
@@ -7148,7 +7181,7 @@ class Daemon:
         self._lock = SingleInstance(settings.cache)
         self._lock.acquire()
         connection = open_cache(settings.cache, self._log)
-        self._resumption = resume_from(connection, self._log)
+        self._resumption = resume_from(settings.cache, connection, self._log)
         self.cache = CacheThread(settings.cache, connection, settings.timing, self._log)
         self.cache.on_rebuilt = lambda: self._reactor.call_soon(self._write_everything)
         self.store = Store(zone_of)
@@ -8025,14 +8058,13 @@ def runs_show(context: Context, arguments: argparse.Namespace) -> int:
         row = reply["run"]
     else:
         reader = CacheReader(context.settings.cache)
+        wanted = clip(arguments.id) or ""
         found = reader.rows(
             f"SELECT {', '.join(Run._fields)} FROM runs WHERE run_id = ? OR id = ?",  # noqa: S608 - names of ours
-            (arguments.id, arguments.id),
+            (wanted, wanted),
         )
-        parts = reader.freshness()
-        run = pick_run([Run(**values) for values in found], arguments.id) if found else None
-        tell_source(context, "the cache", check_synced(parts, [run.cluster] if run else []))
-        run = run or pick_run([], arguments.id)
+        run = pick_run([Run(**values) for values in found], wanted)
+        tell_source(context, "the cache", check_synced(reader.freshness(), [run.cluster]))
         row = {**run._asdict(), **reader.run_details(run.run_id)}
     print_answer(context, arguments.output, row, lambda now: format_run(row, now, context.width))
     return 0
@@ -8171,7 +8203,11 @@ def start(context: Context, arguments: argparse.Namespace) -> int:
     for note in discover(context.environment).notes:
         context.warn(note)
     if arguments.foreground:
-        daemon = _make_daemon(context)
+        try:
+            daemon = _make_daemon(context, context.settings.log_level)
+        except AlreadyRunningError as error:
+            context.warn(str(error))
+            return 0
         daemon.run(lambda: detach(context.settings.cache) if arguments.detach else None)
         last_words(context.settings.cache)  # none: the file goes
         return 0
@@ -8278,19 +8314,27 @@ def sync(context: Context, arguments: argparse.Namespace) -> int:
     """List every cluster once, bring the cache up to date, and end."""
     del arguments
     try:
-        daemon = _make_daemon(context)
+        daemon = _make_daemon(context, "error")  # what went wrong is told at the end
     except AlreadyRunningError:
         return _daemon_keeps_it(context)
     daemon.run_once()
-    code = 0
-    for cluster in daemon.clusters_in_order():
-        missing = [watcher for watcher in cluster.watchers if not watcher.was_listed]
-        forbidden = [watcher for watcher in missing if watcher.told.state == FORBIDDEN]
-        if missing:
+    clusters = daemon.clusters_in_order()
+    for cluster in clusters:
+        if isinstance(cluster.error, TwinError) or not all(watcher.was_listed for watcher in cluster.watchers):
             context.warn(f"{cluster.spec.name}: {cluster.trouble or 'no answer in time'}")
-        if len(forbidden) < len(missing) or len(missing) == len(cluster.watchers):
-            code = UnreachableError.exit_code
-    return code
+    codes = {_sync_code(cluster) for cluster in clusters}
+    return codes.pop() if len(codes) == 1 else max(codes & {0, UnreachableError.exit_code})
+
+
+def _sync_code(cluster: Cluster) -> int:
+    """Return a cluster's part of the exit code: rights that are missing for some resources are no failure."""
+    if isinstance(cluster.error, TwinError):
+        return 0
+    if isinstance(cluster.error, ConfigError):
+        return ConfigError.exit_code
+    listed = [watcher for watcher in cluster.watchers if watcher.was_listed]
+    forbidden = [watcher for watcher in cluster.watchers if watcher.told.state == FORBIDDEN]
+    return 0 if listed and len(listed) + len(forbidden) == len(cluster.watchers) else UnreachableError.exit_code
 
 
 def clusters_add(context: Context, arguments: argparse.Namespace) -> int:
@@ -8412,7 +8456,7 @@ def _start_in_background(context: Context) -> Client:
     raise error
 
 
-def _make_daemon(context: Context) -> Daemon:
+def _make_daemon(context: Context, log_level: str) -> Daemon:
     def read_clusters() -> list[ClusterSpec]:
         clusters = configured_clusters(context.settings, context.environment)
         if not any(cluster.enabled for cluster in clusters):
@@ -8422,7 +8466,7 @@ def _make_daemon(context: Context) -> Daemon:
             )
         return clusters
 
-    return Daemon(context.settings, read_clusters, context.errors)
+    return Daemon(context.settings._replace(log_level=log_level), read_clusters, context.errors)
 
 
 def _daemon_keeps_it(context: Context) -> int:
@@ -8607,7 +8651,13 @@ COMMANDS: Final = (
     ),
     Command("clusters list", "list the clusters", ("clusters list -o json",), _output_argument, clusters_list),
     Command("clusters add", "add a cluster to clusters.yaml", _ADD, _clusters_add_arguments, clusters_add),
-    Command("add-cluster", "the same as 'clusters add'", (), _clusters_add_arguments, clusters_add),
+    Command(
+        "add-cluster",
+        "the same as 'clusters add'",
+        ("add-cluster --name staging --kubeconfig ~/.kube/staging",),
+        _clusters_add_arguments,
+        clusters_add,
+    ),
     Command(
         "clusters discover",
         "show which contexts of kubeconfigs are fabrik's",
@@ -8637,6 +8687,8 @@ COMMANDS: Final = (
         query,
     ),
 )
+_HELPERS: Final = {"_credentials": credentials_helper, "_query": query_helper}
+_HELP_FLAGS: Final = frozenset(("-h", "--help"))
 _GLOBAL_FLAGS: Final = ("--config", "--cache", "--socket")
 
 
@@ -8660,31 +8712,50 @@ def make_parser(command: Command) -> argparse.ArgumentParser:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            raise UsageError(message, f"see 'fabrik-daemon {command.words} --help'")
+            flag = re.fullmatch(r"unrecognized arguments: (--[a-z-]+).*", message)
+            hint = f"see 'fabrik-daemon {command.words} --help'"
+            if flag:
+                hint = nearest(flag[1], re.findall(r"--[a-z-]+", self.format_usage()))
+            raise UsageError(message, hint)
 
     examples = "".join(f"  fabrik-daemon {example}\n" for example in command.examples)
     parser = Parser(
         prog=f"fabrik-daemon {command.words}",
         description=command.summary[0].upper() + command.summary[1:] + ".",
         epilog=f"examples:\n{examples}" if examples else None,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, width=HELP_COLUMNS
+        ),  # else it loads shutil
         allow_abbrev=False,
+        add_help=False,  # argparse would write it past `out` and end the process
     )
+    parser.add_argument("-h", "--help", action="store_true", help="show this")
     command.arguments(parser)
     for flag, what in zip(_GLOBAL_FLAGS, ("config.yaml", "cache.db", "the daemon's socket")):
         parser.add_argument(flag, metavar="PATH", help=f"where {what} is")
     return parser
 
 
+def help_of(words: Sequence[str]) -> str:
+    """Return what `--help` prints behind some words: of a command, of a group of commands, of all."""
+    group = [command for command in COMMANDS if command.words.split()[0] == (words[0] if words else None)]
+    if words and (len(words) > 1 or [command.words for command in group] == [words[0]] or not group):
+        return make_parser(find_command(words)[0]).format_help()
+    return f"commands:\n{_command_lines(group)}" if words else format_help()
+
+
+def _command_lines(commands: Sequence[Command]) -> str:
+    width = max(len(command.words) for command in COMMANDS)
+    return "".join(f"  {command.words:<{width}}   {command.summary}\n" for command in commands)
+
+
 def format_help() -> str:
     """Return what `--help` prints: every command in a line."""
-    width = max(len(command.words) for command in COMMANDS)
-    lines = [f"  {command.words:<{width}}   {command.summary}\n" for command in COMMANDS]
     return (
         "usage: fabrik-daemon COMMAND [ARGUMENT...]\n\n"
         "Follows Kubernetes clusters, keeps their fabrik runs in a local cache, and answers from it.\n"
         "'fabrik daemon COMMAND' and 'fabrik COMMAND' mean the same.\n\n"
-        f"commands:\n{''.join(lines)}\n"
+        f"commands:\n{_command_lines(COMMANDS)}\n"
         "'fabrik-daemon COMMAND --help' shows a command's arguments and examples.\n"
         "exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 no such run or cluster,\n"
         "            4 the daemon is not running, 5 a cluster did not answer, 130 interrupted\n"
@@ -8705,15 +8776,13 @@ def _dispatch(argv: Sequence[str], out: TextIO, errors: TextIO) -> int:
     flags, words = _split_global_flags(argv)
     if words[:1] == ["daemon"]:  # the spec's spelling: fabrik daemon start
         words = words[1:]
-    if words[:1] == ["_credentials"]:
-        return credentials_helper(words[1], words[2], out)
-    if words[:1] == ["_query"]:
-        return query_helper(words[1], words[2], out)
-    if not words or words[0] in ("-h", "--help", "help"):
-        out.write(format_help())
-        return 0 if words else UsageError.exit_code
-    if words[0] == "--version":
-        out.write(f"fabrik-daemon {__version__}\n")
+    if words[:1] and words[0] in _HELPERS:
+        return _HELPERS[words[0]](words[1], words[2], out)
+    if not words:
+        raise UsageError("a command is missing", "see 'fabrik-daemon --help'")
+    if words[0] in ("--version", "help") or set(words) & _HELP_FLAGS:
+        wanted = [word for word in words if word not in (*_HELP_FLAGS, "help")]
+        out.write(f"fabrik-daemon {__version__}\n" if words[0] == "--version" else help_of(wanted))
         return 0
     command, rest = find_command(words)
     arguments = make_parser(command).parse_args([*rest, *flags])
@@ -8733,13 +8802,13 @@ def main(argv: Sequence[str], out: TextIO, errors: TextIO) -> int:
     except FabrikError as error:
         errors.write(f"fabrik-daemon: {safe_text(error)}\n")
         return error.exit_code
-    except SystemExit as stop:  # argparse, after --help
-        return int(stop.code or 0)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        errors.write(f"fabrik-daemon: {safe_text(error)}\n")
+        return FabrikError.exit_code
     except Exception as error:  # noqa: BLE001 - the last resort: a defect, told as one
         traceback.print_exc(file=errors)
         errors.write(f"fabrik-daemon: a defect: {type(error).__name__}; please report the lines above\n")
@@ -8748,17 +8817,16 @@ def main(argv: Sequence[str], out: TextIO, errors: TextIO) -> int:
 
 
 def run() -> NoReturn:
-    """Be the program."""
-    code = main(sys.argv[1:], sys.stdout, sys.stderr)
-    sys.stderr.flush()
-    if threads_left():
-        os._exit(code)
-    sys.exit(code)
-
-
-def threads_left() -> bool:
-    """Say whether a thread of user SQL still runs, which nothing but the process's end stops."""
-    return "threading" in sys.modules and threading.active_count() > 1
+    """Be the program. The process ends at once: taking the interpreter down in order costs 5 ms and does nothing."""
+    gc.enable()  # the executable's entry switches it off while it imports
+    out, errors = (stream or open(os.devnull, "w", encoding="utf-8") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    for stream in (out, errors):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character is no failure
+    code = main(sys.argv[1:], out, errors)
+    with contextlib.suppress(OSError, ValueError):
+        errors.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
