@@ -1067,8 +1067,8 @@ def parse_server(url: str) -> Endpoint:
     try:
         parts = urllib.parse.urlsplit(url)
         port = parts.port
-    except ValueError:
-        raise ConfigError("the server's URL is none", "correct the kubeconfig") from None
+    except ValueError as error:
+        raise ConfigError(f"server {url.rpartition('@')[2][:80]!r}: {error}", "correct the kubeconfig") from None
     if parts.username or parts.password:
         raise ConfigError("the server's URL holds a password", "use a token or a certificate")
     if parts.scheme not in ("https", "http") or not parts.hostname:
@@ -4717,6 +4717,15 @@ class Reactor:
         """Call back after some seconds."""
         return self.call_at(self.now() + delay, callback)
 
+    def call_every(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Call back again and again."""
+
+        def turn() -> None:
+            self.call_later(seconds, turn)
+            callback()
+
+        self.call_later(seconds, turn)
+
     def call_soon(self, callback: Callable[[], None]) -> None:
         """Call back in the loop's next turn; the one method that other threads may call."""
         self._soon.append(callback)
@@ -5853,9 +5862,7 @@ def _run_plugin(plugin: Any, path: str) -> JsonObject:
     try:
         status = kubernetes.config.exec_provider.ExecProvider(plugin, os.path.dirname(os.path.abspath(path))).run()
     except OSError as error:
-        raise CredentialsError(
-            f"exec plugin {command!r}: {error.strerror}", "install it, or correct its path"
-        ) from None
+        raise ConfigError(f"exec plugin {command!r}: {error.strerror}", "install it, or correct its path") from None
     except kubernetes.config.ConfigException as error:
         why = re.match(r"exec: (process returned \d+|failed to decode|malformed \w+|plugin api version)", str(error))
         raise CredentialsError(f"exec plugin {command!r}: {why[1] if why else 'failed'}", "run it by hand") from None
@@ -6896,8 +6903,9 @@ def make_log(level: str, errors: TextIO, ring: LogRing) -> logging.Logger:
     formatter = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
     formatter.converter = time.gmtime
     handler.setFormatter(formatter)
+    handler.addFilter(_make_harmless)
     log.handlers[:] = [handler, logging.handlers.QueueHandler(ring)]  # type: ignore[arg-type]  # all it needs is put_nowait
-    log.filters[:] = [_make_harmless]
+    log.handlers[1].addFilter(_make_harmless)
     log.setLevel(level.upper())
     log.propagate = False
     return log
@@ -6944,7 +6952,7 @@ class Follower:
         self._store = store
         self._cache = cache
         self._bus = bus
-        self._log = log
+        self._log = log.getChild("clusters")
         self._rows: dict[str, ClusterRow] = {}
         self._synced: set[str] = set()
         self._stale: set[str] = set()
@@ -7206,16 +7214,17 @@ class Daemon:
         self.socket_path = choose_socket(self.settings)
         self._server.open(self.socket_path)
         raise_descriptor_limit()
-        self._every(self.settings.timing.housekeeping, self._keep_house)
-        self._every(self.settings.timing.idle_seq, lambda: self._server.wake(self.bus.idle()))
-        self._every(self.settings.timing.socket_check, self._keep_socket)
-        self._every(self.settings.timing.files_check, self._check_files)
+        self._reactor.call_every(self.settings.timing.housekeeping, self._keep_house)
+        self._reactor.call_every(self.settings.timing.idle_seq, lambda: self._server.wake(self.bus.idle()))
+        self._reactor.call_every(self.settings.timing.socket_check, self._keep_socket)
+        self._reactor.call_every(self.settings.timing.files_check, self._check_files)
         self._reactor.watch_sleep(self.settings.timing.sleep, self._on_sleep)
         self._run(ready)
 
     def run_once(self) -> None:
         """List each cluster once. Raises ConfigError where none of them can be used."""
         self._once = True
+        self._log.getChild("clusters").setLevel(logging.CRITICAL)  # what went wrong is told at the end
         self._reactor.call_later(self.settings.timing.sync, self._reactor.stop)
         self._run(lambda: None)
 
@@ -7292,13 +7301,6 @@ class Daemon:
     def _unsubscribe(self, subscription: Subscription) -> None:
         self.bus.unsubscribe(subscription)
         self.ring.unfollow(subscription)
-
-    def _every(self, seconds: float, work: Callable[[], None]) -> None:
-        def turn() -> None:
-            self._reactor.call_later(seconds, turn)
-            work()
-
-        self._reactor.call_later(seconds, turn)
 
     def _keep_house(self) -> None:
         now, retention = time.time(), self.settings.timing.retention
@@ -8314,7 +8316,7 @@ def sync(context: Context, arguments: argparse.Namespace) -> int:
     """List every cluster once, bring the cache up to date, and end."""
     del arguments
     try:
-        daemon = _make_daemon(context, "error")  # what went wrong is told at the end
+        daemon = _make_daemon(context, "warning")
     except AlreadyRunningError:
         return _daemon_keeps_it(context)
     daemon.run_once()
@@ -8323,7 +8325,7 @@ def sync(context: Context, arguments: argparse.Namespace) -> int:
         if isinstance(cluster.error, TwinError) or not all(watcher.was_listed for watcher in cluster.watchers):
             context.warn(f"{cluster.spec.name}: {cluster.trouble or 'no answer in time'}")
     codes = {_sync_code(cluster) for cluster in clusters}
-    return codes.pop() if len(codes) == 1 else max(codes & {0, UnreachableError.exit_code})
+    return codes.pop() if len(codes) == 1 else UnreachableError.exit_code
 
 
 def _sync_code(cluster: Cluster) -> int:
@@ -8766,9 +8768,17 @@ def _split_global_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the global flags that stand before the command, and the rest."""
     flags: list[str] = []
     rest = list(words)
-    while rest and rest[0].partition("=")[0] in _GLOBAL_FLAGS:
-        flags += rest[: 1 if "=" in rest[0] else 2]
-        rest = rest[1 if "=" in rest[0] else 2 :]
+    while rest and rest[0].startswith("--") and rest[0] not in ("--help", "--version"):
+        flag, equals, _ = rest[0].partition("=")
+        if flag not in _GLOBAL_FLAGS:
+            raise UsageError(
+                f"no flag {flag!r} before a command", nearest(flag, (*_GLOBAL_FLAGS, "--help", "--version"))
+            )
+        size = 1 if equals else 2
+        if len(rest) < size:
+            raise UsageError(f"{flag} needs a path")
+        flags += rest[:size]
+        rest = rest[size:]
     return flags, rest
 
 
