@@ -5862,12 +5862,16 @@ def _run_plugin(plugin: Any, path: str) -> JsonObject:
     try:
         status = kubernetes.config.exec_provider.ExecProvider(plugin, os.path.dirname(os.path.abspath(path))).run()
     except OSError as error:
-        raise ConfigError(f"exec plugin {command!r}: {error.strerror}", "install it, or correct its path") from None
+        raise ConfigError(
+            f"{path}: exec plugin {command!r}: {error.strerror}", "install it, or correct its path"
+        ) from None
     except kubernetes.config.ConfigException as error:
         why = re.match(r"exec: (process returned \d+|failed to decode|malformed \w+|plugin api version)", str(error))
-        raise CredentialsError(f"exec plugin {command!r}: {why[1] if why else 'failed'}", "run it by hand") from None
+        raise CredentialsError(
+            f"{path}: exec plugin {command!r}: {why[1] if why else 'failed'}", "run it by hand"
+        ) from None
     if not isinstance(status, dict) or not (status.get("token") or status.get("clientCertificateData")):
-        raise CredentialsError(f"exec plugin {command!r}: no credential in its answer", "run it by hand")
+        raise CredentialsError(f"{path}: exec plugin {command!r}: no credential in its answer", "run it by hand")
     return status
 
 

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from fabrik_daemon import Statement
 
 LOG = logging.getLogger("test.cache")
+TIMING = Timing()
 SCOPE = Scope("c", JOBS.name, NAMESPACE)
 WAIT_S = 10.0  # nothing here takes so long, unless it never comes
 
@@ -103,7 +104,7 @@ def run(key: str, **columns: object) -> Statement:
 
 
 def written(
-    path: str, connection: sqlite3.Connection, units: list[list[Statement]], timing: Timing = Timing()
+    path: str, connection: sqlite3.Connection, units: list[list[Statement]], timing: Timing = TIMING
 ) -> CacheThread:
     """Have units written by a thread that finds them all waiting, and wait for its end."""
     thread = CacheThread(path, connection, timing, LOG)
