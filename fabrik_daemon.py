@@ -230,6 +230,7 @@ SUBSCRIBER_QUEUE_LINES: Final = 10_000
 SUBSCRIBER_QUEUE_BYTES: Final = 8 * 2**20  # of one that does not read; then it has lagged
 SNAPSHOT_ROWS: Final = 100  # rows serialised at a time, about 1 ms
 CLIENT_TIMEOUT_S: Final = 10.0  # of a command, for the daemon's answer
+LOCK_TRIES: Final = 5
 LOCK_POLL_S: Final = 0.02  # where only asking again tells
 HELPERS_END_S: Final = 0.5  # for helper processes that were killed to be gone
 HELP_COLUMNS: Final = 100
@@ -568,7 +569,10 @@ def format_time(epoch: float, *, milliseconds: bool = False) -> str:
 def time_text(value: object) -> str | None:
     """Return a cluster's time in the one form that rows hold and that sorts as text; None where it is no time."""
     epoch = epoch_of(value)
-    return None if epoch is None else format_time(epoch // 1)
+    try:
+        return None if epoch is None else format_time(epoch // 1)
+    except (ValueError, OverflowError):  # the last second of the year 9999, rounded up
+        return None
 
 
 def parse_duration(text: str) -> float:
@@ -979,10 +983,12 @@ _Scalar = TypeVar("_Scalar", int, bool)
 
 
 def _yaml_scalar(node: yaml.Node, at: str, key: str, kind: type[_Scalar]) -> _Scalar:
-    value = yaml.safe_load(node.value) if isinstance(node, yaml.ScalarNode) else None
-    if type(value) is not kind or abs(value) > INT_MAX:
-        raise ConfigError(f"{at}: {key} must be {'a whole number' if kind is int else 'true or false'}")
-    return value
+    text = node.value.lower() if isinstance(node, yaml.ScalarNode) else ""
+    if kind is int and node.tag == "tag:yaml.org,2002:int" and re.fullmatch(r"[+-]?\d{1,18}", text, re.ASCII):
+        return kind(int(text))
+    if kind is bool and node.tag == "tag:yaml.org,2002:bool":
+        return kind(text in ("true", "yes", "on"))
+    raise ConfigError(f"{at}: {key} must be {'a whole number' if kind is int else 'true or false'}")
 
 
 def _one_of(value: str, choices: Iterable[str], at: str) -> str:
@@ -1618,8 +1624,13 @@ def current_job(jobs: Iterable[JobFacts]) -> JobFacts | None:
 
 
 def current_pod(pods: Iterable[PodFacts], job: JobFacts | None) -> PodFacts | None:
-    """Return the run's current Pod: the newest of its Job's that is not being deleted, else the newest."""
+    """Return the run's current Pod: the newest of its Job's that is not being deleted, else the newest.
+
+    Once the Job has ended the newest tells how, whichever is cleaned up first.
+    """
     own = (pod for pod in pods if job is None or pod.job_uid in (None, job.uid))
+    if job is not None and job.outcome:
+        return max(own, key=lambda pod: (pod.created_at or "", pod.uid), default=None)
     return max(own, key=lambda pod: (pod.gone is None, not pod.deleting, pod.created_at or "", pod.uid), default=None)
 
 
@@ -1631,11 +1642,12 @@ def status_of(  # noqa: PLR0911 - one return a row
     `ending` is what a Job controller's Event told of a Job that vanished, `was` the status before.
     """
     said = pod.report if pod else NO_REPORT
+    why = said.reason or (job.report.reason if job else None)  # in Smithers' words
     trouble = pod.reason if pod else None
     ended = _job_status(job, pod, ending)
     if ended is not None:
         status, reason = ended
-        return status, reason if status is None or status == FAILED else (said.reason if status == CANCELLED else None)
+        return status, reason if status is None or status == FAILED else (why if status == CANCELLED else None)
     if job is None and pod is not None and pod.phase in _POD_ENDINGS:  # 5
         return _POD_ENDINGS[pod.phase], trouble if pod.phase == "Failed" else None
     if job is not None and job.suspended:  # 6
@@ -1643,9 +1655,9 @@ def status_of(  # noqa: PLR0911 - one return a row
     if pod is None:
         return PENDING, None
     if is_gated(said) and not pod.gone:  # 7
-        return BLOCKED, said.reason or trouble
+        return BLOCKED, why or trouble
     if pod.phase == "Running" and not pod.gone:  # 8
-        return RUNNING, trouble or said.reason
+        return RUNNING, trouble or why
     if pod.phase == "Unknown":  # 9
         return was or PENDING, "NodeLost"
     return PENDING, trouble  # 10
@@ -1665,7 +1677,8 @@ def _job_status(  # noqa: PLR0911 - one return a row
         return FINISHED, None
     if job.outcome == FAILED:  # 2
         first = job.reason if job.reason == "DeadlineExceeded" else None
-        return FAILED, first or (pod.reason if pod else None) or (pod.report.reason if pod else None) or job.reason
+        why = (pod.reason or pod.report.reason) if pod else None
+        return FAILED, first or why or job.report.reason or job.reason
     if job.gone == DELETED or job.deleting or CANCELLED in (said, job.report.status):  # 3
         return CANCELLED, None
     if job.gone == VANISHED:  # 4
@@ -1774,6 +1787,15 @@ def warning_row(cluster: str, facts: EventFacts, run_id: str | None) -> ClusterE
 
 
 _NOBODY: Final = PodFacts("", "", "", "", NO_REPORT)
+_CRON_MACROS: Final = {  # kubernetes.io, CronJob, "Schedule syntax"
+    "@yearly": "0 0 1 1 *",
+    "@annually": "0 0 1 1 *",
+    "@monthly": "0 0 1 * *",
+    "@weekly": "0 0 * * 0",
+    "@daily": "0 0 * * *",
+    "@midnight": "0 0 * * *",
+    "@hourly": "0 * * * *",
+}
 _MISSED_GRACE_S: Final = 60.0  # the CronJob controller looks every 10 s; a watch may lag
 
 
@@ -1783,7 +1805,7 @@ def _first_text(values: Iterable[str | None]) -> str | None:
 
 def _cron_times(facts: CronJobFacts, now: float, zone: Zone) -> tuple[str | None, int]:
     """Return the next run after `now` and how many are overdue; nothing for a schedule that cannot be read here."""
-    expression = facts.schedule or ""
+    expression = _CRON_MACROS.get(facts.schedule or "", facts.schedule or "")
     try:
         tz = zone(facts.time_zone or "UTC")  # the controller manager's own zone, nearly always UTC
         following = next(cronsim.CronSim(expression, datetime.fromtimestamp(now, tz)))
@@ -1867,6 +1889,7 @@ class Commit(NamedTuple):
     objects: tuple[tuple[ObjectKey, Facts | None], ...] = ()  # None: forget it
     progress: Progress | None = None
     reserved_seq: int | None = None  # sequence numbers up to this one may be in use
+    expired: tuple[TableRow, ...] = ()  # whose retention is over; nobody is told
     malformed: tuple[tuple[str, tuple[str, ...]], ...] = ()  # run_id and the keys that did not parse, once per run
 
 
@@ -1917,6 +1940,7 @@ class Draft:
         self.changes: list[Change] = []
         self.objects: dict[ObjectKey, Facts | None] = {}
         self.places: dict[Place, None] = {}  # whose rows to derive again, in order
+        self.expired: list[TableRow] = []
         self.malformed: list[tuple[str, tuple[str, ...]]] = []
 
 
@@ -1964,6 +1988,12 @@ class Tables:
         row = self._rows[kind].pop(key, None)
         if row is not None:
             self._tell(draft, self._type(row, "removed"), row, row)
+
+    def expire(self, draft: Draft, kind: type[TableRow], key: RowKey) -> None:
+        """Forget a row that was told to be gone already, or never can be."""
+        row = self._rows[kind].pop(key, None)
+        if row is not None:
+            draft.expired.append(row)
 
     def announce(self, draft: Draft, change_type: str, row: ClusterRow) -> None:
         """Make a change of what stands in no table here."""
@@ -2013,6 +2043,7 @@ class RunBook:
         self._entries: dict[Place, _Entry] = {}
         self._owners: dict[str, Place] = {}  # run_id -> who holds it
         self._endings: dict[tuple[str, str], str] = {}  # cluster and Job uid -> what an Event told
+        self._places: dict[tuple[str, str], Place] = {}  # cluster and uid of a Job or Pod -> its run
         self._listed: dict[Scope, bool] = {}  # Jobs: listed, or forbidden (False)
         self._unsettled: set[str] | None = set()  # keys given before every cluster was listed; None once all were
         self.priorities: Mapping[str, int] = {}  # of clusters
@@ -2031,8 +2062,10 @@ class RunBook:
         place = Place(cluster, facts.namespace, facts.id)
         if isinstance(facts, JobFacts):
             self._entries.setdefault(place, _Entry()).jobs[facts.name] = facts
+            self._places[cluster, facts.uid] = place
         elif isinstance(facts, PodFacts):
             self._entries.setdefault(place, _Entry()).pods[facts.name] = facts
+            self._places[cluster, facts.uid] = place
         elif isinstance(facts, EventFacts) and facts.object_uid:
             ending = ending_of(facts)
             if ending:
@@ -2041,6 +2074,7 @@ class RunBook:
     def detach(self, cluster: str, facts: Facts) -> None:
         """Forget what an object told of its run."""
         entry = self._entries.get(Place(cluster, facts.namespace, facts.id))
+        self._places.pop((cluster, facts.uid), None)
         if entry is not None and isinstance(facts, JobFacts):
             entry.jobs.pop(facts.name, None)
         elif entry is not None and isinstance(facts, PodFacts):
@@ -2048,14 +2082,19 @@ class RunBook:
 
     def run_id_for(self, cluster: str, facts: VolumeFacts | EventFacts) -> str | None:
         """Return the key of the run that a volume or warning belongs to, also before the run itself is known."""
-        place = Place(cluster, facts.namespace, facts.id)
-        if not facts.id:
+        place = self.place_of(cluster, facts)
+        if place is None:
             return None
         entry = self._entries.get(place)
         if entry and entry.run_id:
             return entry.run_id
         scheduled = isinstance(facts, EventFacts) and not ulid_in(facts.object_name or "")
         return self._key_for(place, scheduled)
+
+    def place_of(self, cluster: str, facts: Facts) -> Place | None:
+        """Return the run that an object tells of; an Event by the uid of what it is about, where that is known."""
+        known = self._places.get((cluster, facts.object_uid or "")) if isinstance(facts, EventFacts) else None
+        return known or (Place(cluster, facts.namespace, facts.id) if facts.id else None)
 
     def set_listed(self, scope: Scope, listed: bool) -> list[Place]:
         """Note that a scope's Jobs were listed, or may not be; return whose rows that makes derivable."""
@@ -2109,8 +2148,10 @@ class RunBook:
     def forget(self, draft: Draft, run_id: str) -> None:
         """Drop a run whole."""
         place = self._owners.pop(run_id)
-        for job in self._entries.pop(place).jobs.values():
-            self._endings.pop((place.cluster, job.uid), None)
+        entry = self._entries.pop(place)
+        for uid in [*(job.uid for job in entry.jobs.values()), *(pod.uid for pod in entry.pods.values())]:
+            self._endings.pop((place.cluster, uid), None)
+            self._places.pop((place.cluster, uid), None)
         self._tables.drop(draft, Run, (run_id,))
 
     def settle(self) -> None:
@@ -2159,8 +2200,8 @@ class RunBook:
     @staticmethod
     def _holds(before: Run, job: JobFacts | None) -> bool:
         """Say whether a terminal row stays: not for a new Job, nor for one seen again that was taken for deleted."""
-        if job is None or before.job_uid != job.uid:
-            return False
+        if job is None or before.job_uid != job.uid or job.gone == VANISHED:
+            return False  # what a vanished Job's Pods and Events tell is weighed anew each time
         return not (before.deleted_at and job.gone is None)
 
     def _rename_followers(self, draft: Draft, place: Place, run_id: str) -> None:
@@ -2292,7 +2333,7 @@ class Store:
         for row in [*self.tables.rows(Volume), *self.tables.rows(ClusterEvent)]:
             ended_at = row.deleted_at if isinstance(row, Volume) else getattr(row, "last_at", None)
             if ended_at and ended_at < before:
-                self.tables.drop(draft, type(row), row_key(row))
+                self.tables.expire(draft, type(row), row_key(row))
         return self._commit(draft, None)
 
     @staticmethod
@@ -2341,8 +2382,9 @@ class Store:
 
     def _touch(self, draft: Draft, key: ObjectKey, facts: Facts) -> None:
         concerns_run = isinstance(facts, (JobFacts, PodFacts)) or (isinstance(facts, EventFacts) and ending_of(facts))
-        if concerns_run and facts.id:
-            draft.places[Place(key.cluster, key.namespace, facts.id)] = None
+        place = self._runs.place_of(key.cluster, facts) if concerns_run else None
+        if place is not None:
+            draft.places[place] = None
 
     def _set_row(self, draft: Draft, key: ObjectKey, facts: Facts) -> None:
         if isinstance(facts, CronJobFacts):
@@ -2362,7 +2404,8 @@ class Store:
                     self._erase(draft, ObjectKey(place.cluster, PODS.name, pod.namespace, pod.name))
         reserved = self.tables.reservation()
         objects = tuple(draft.objects.items())
-        return Commit(tuple(draft.changes), objects, progress, reserved, tuple(draft.malformed))
+        expired, malformed = tuple(draft.expired), tuple(draft.malformed)
+        return Commit(tuple(draft.changes), objects, progress, reserved, expired, malformed)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2769,6 +2812,7 @@ def commit_statements(commit: Commit) -> list[Statement]:
         statements += _change_statements(change)
     for key, facts in commit.objects:
         statements.append(_object_statement(key, facts))
+    statements += (_delete_statement(row) for row in commit.expired)
     if commit.progress is not None:
         statements.append(_progress_statement(commit.progress))
     if commit.reserved_seq is not None:
@@ -2822,13 +2866,15 @@ def facts_json(facts: Facts) -> str:
     """Return the text that `objects.facts` holds; facts_from_json reads it."""
     fields = facts._asdict()
     if "report" in fields:
-        fields["report"] = {name: value for name, value in facts.report._asdict().items() if value}  # type: ignore[union-attr]
+        fields["report"] = {name: value for name, value in facts.report._asdict().items() if value not in (None, ())}  # type: ignore[union-attr]
     return json.dumps({name: value for name, value in fields.items() if value not in (None, {})}, ensure_ascii=False)
 
 
 def facts_from_json(resource_name: str, text: str) -> Facts:
     """Return the facts that `objects.facts` holds, whatever version of this program wrote it. Raises ValueError."""
     kind, said = FACTS[resource_name], json.loads(text)
+    if not isinstance(said, dict) or not isinstance(said.get("report", {}), dict):
+        raise ValueError("no facts")  # noqa: TRY004 - of the text, as the docstring has it
     if "report" in kind._fields:
         report = said.get("report", {})
         known = {name: value for name, value in report.items() if name in Report._fields}
@@ -2890,13 +2936,17 @@ def _change_statements(change: Change) -> list[Statement]:
 
 
 def _row_statements(change_type: str, row: TableRow) -> list[Statement]:
-    table = _TABLE_OF[type(row)]
-    if change_type == "run:removed" or (change_type.endswith(":removed") and not getattr(row, "deleted_at", None)):
-        keys = _KEY_COLUMNS.get(table, ("cluster", "namespace", "name"))
-        where = " AND ".join(f"{name} = ?" for name in keys)
-        events = [("DELETE FROM run_events WHERE run_id = ?", row_key(row))] if table == "runs" else []
-        return [*events, (f"DELETE FROM {table} WHERE {where}", row_key(row))]  # noqa: S608 - names of ours
+    if change_type == "run:removed":
+        return [("DELETE FROM run_events WHERE run_id = ?", row_key(row)), _delete_statement(row)]
+    if change_type.endswith(":removed") and not getattr(row, "deleted_at", None):
+        return [_delete_statement(row)]
     return [upsert(row)]
+
+
+def _delete_statement(row: TableRow) -> Statement:
+    table = _TABLE_OF[type(row)]
+    keys = _KEY_COLUMNS.get(table, ("cluster", "namespace", "name"))
+    return f"DELETE FROM {table} WHERE {' AND '.join(f'{name} = ?' for name in keys)}", row_key(row)  # noqa: S608
 
 
 def _object_statement(key: ObjectKey, facts: Facts | None) -> Statement:
@@ -3340,10 +3390,13 @@ class WatchTarget(NamedTuple):
     label_selector: str | None = None
 
 
+Jitter = Callable[[], float]  # a number from [0, 1), each as likely
+
+
 class Backoff:
     """How long to wait after a failure: exponentially longer with full jitter, or as long as the server asks."""
 
-    def __init__(self, timing: Timing, jitter: Callable[[], float]) -> None:
+    def __init__(self, timing: Timing, jitter: Jitter) -> None:
         self._timing = timing
         self._jitter = jitter
         self.failures = 0
@@ -3433,8 +3486,8 @@ class WatchMachine:
         target: WatchTarget,
         traits: ServerTraits,
         timing: Timing,
-        jitter: Callable[[], float],  # uniform in [0, 1)
-        resource_version: str | None = None,  # where to go on; None: list first
+        jitter: Jitter,
+        resource_version: str | None = None,
     ) -> None:
         self._target = target
         self._traits = traits
@@ -3490,9 +3543,8 @@ class WatchMachine:
     def on_watch_open(self, now: float) -> list[Action]:
         """Take in the head of a watch's response."""
         self._renewed, self._request.is_open = False, True
-        if self._request.initial:
-            return self._enter(LISTING, "", now + self._timing.initial_list)
-        return self._follow(now)
+        listed_by = now + self._timing.initial_list
+        return self._enter(LISTING, "", listed_by) if self._request.initial else self._follow(now)
 
     def on_event(self, event: WatchEvent, now: float) -> list[Action]:  # noqa: PLR0911 - one return a kind
         """Take in one event of a watch."""
@@ -3508,6 +3560,7 @@ class WatchMachine:
         if version and self._position.goes_back(version):
             return self.relist("resource versions went back", now)
         if event.type == "BOOKMARK" and version:
+            self._traits.sends_bookmarks = True
             self._position.advance(version)
             return [Advance(version)]
         if event.type not in ("ADDED", "MODIFIED", "DELETED") or not version:
@@ -3537,7 +3590,7 @@ class WatchMachine:
         if refusal.code == 403:
             error = f"no right to {'list' if self.state == LISTING else 'watch'} {self._target.what}: {refusal.message}"
             return [HangUp(), *self._enter(FORBIDDEN, error, now + self._timing.forbidden_retry)]
-        if refusal.code in (400, 422) or "resource version" in refusal.message.lower():
+        if refusal.code in (400, 422) or "resourceversion" in refusal.message.lower().replace(" ", ""):
             self._position.lose()  # too large, or not one of this server's
         return self.on_failure(refusal.message, now, refusal.retry_after_s)
 
@@ -3545,9 +3598,8 @@ class WatchMachine:
         self, error: str, now: float, retry_after_s: float | None = None, *, state: str = BACKING_OFF
     ) -> list[Action]:
         """Take in that there was no connection, or no more: go on from the last whole event after a while."""
-        if self.state == WATCHING:
-            self._backoff.recover(now - self._healthy_since)
-        self._position.token = ""
+        self._backoff.recover(now - self._healthy_since if self.state == WATCHING else 0.0)
+        self._renewed, self._position.token = self._renewed and state != UNAUTHORISED, ""
         return [HangUp(), *self._enter(state, error, now + self._backoff.delay(retry_after_s))]
 
     def due(self, now: float) -> list[Action]:
@@ -3603,6 +3655,7 @@ class WatchMachine:
     def _expired(self, now: float) -> list[Action]:
         """List anew: at once the first time, then paced; an expired continue token asks for one list without pages."""
         self._position.lose(is_paged=not self._position.token)
+        self._backoff.recover(now - self._healthy_since if self.state == WATCHING else 0.0)
         if self._backoff.failures:
             return self.on_failure("the resource version expired", now)
         self._backoff.failures = 1
@@ -3950,7 +4003,7 @@ def safe_text(value: object) -> str:
 
 def format_table(columns: Sequence[Column], rows: Sequence[JsonObject], now: float, width: int | None) -> str:
     """Return rows under titles, aligned, each line cut to `width` cells of the terminal; None means any width."""
-    lines = [[column.title for column in columns]]
+    lines = [[safe_text(column.title) for column in columns]]
     lines += [[safe_text(column.cell(row, now)) for column in columns] for row in rows]
     widths = [max(_cells(line[index]) for line in lines) for index in range(len(columns))]
     text = []
@@ -5229,11 +5282,11 @@ class CacheThread:
                 return units, True
         return units, False
 
-    def _write(self, units: list[list[Statement]]) -> None:
+    def _write(self, units: list[list[Statement]], *, leniently: bool = False) -> None:
+        statements = [statement for unit in units for statement in unit]
         while True:
             try:
-                statements = [statement for unit in units for statement in unit]
-                self._transact(merge_statements(statements) if self._pinned else statements)
+                self._transact(merge_statements(statements) if self._pinned else statements, leniently=leniently)
             except sqlite3.OperationalError as error:  # the disk is full, or the file is locked: wait
                 if self.error is None:
                     self._log.error("the cache cannot be written, trying again: %s", error)
@@ -5260,24 +5313,22 @@ class CacheThread:
                 self._write([unit])
         else:
             self._log.error("a row cannot be written to the cache and is left out: %s", error)
-            with self._connection:
-                self._connection.execute("BEGIN IMMEDIATE")
-                for statement, values in units[0]:
-                    with contextlib.suppress(sqlite3.Error, OverflowError, ValueError):
-                        self._connection.execute(statement, values)
+            self._write(units, leniently=True)
 
     def _rebuild(self, error: Exception) -> None:
         """Set a cache aside that turns out to be damaged, and have everything written anew."""
+        set_aside(self._path, error, self._log)  # before it is closed, which would delete its write-ahead log
         self._connection.close()
-        set_aside(self._path, error, self._log)
         self._connection = open_cache(self._path, self._log)
         self.on_rebuilt()
 
-    def _transact(self, statements: Iterable[Statement]) -> None:
+    def _transact(self, statements: Iterable[Statement], *, leniently: bool) -> None:
+        bad_row = (sqlite3.IntegrityError, sqlite3.InterfaceError, sqlite3.ProgrammingError, OverflowError, ValueError)
         with self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
             for statement, values in statements:
-                self._connection.execute(statement, values)
+                with contextlib.suppress(*(bad_row if leniently else ())):
+                    self._connection.execute(statement, values)
 
     def _look_at_log(self) -> None:
         """Slow down while a reader pins the write-ahead log, which would grow without end."""
@@ -5325,12 +5376,16 @@ class SingleInstance:
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise CacheError(f"{self._path}: {error.strerror}", "name another place with --cache") from None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        for _ in range(LOCK_TRIES):
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                time.sleep(LOCK_POLL_S)  # it may be a command that looks whether a daemon runs: is_kept_up
+        else:
             pid = os.pread(self._file, 32, 0).decode("ascii", "replace").strip()
             os.close(self._file)
-            raise AlreadyRunningError(f"a daemon with this cache runs already (pid {pid or 'unknown'})") from None
+            raise AlreadyRunningError(f"a daemon with this cache runs already (pid {pid or 'unknown'})")
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
 
@@ -5375,23 +5430,36 @@ def prepare_cache_folder(cache: str) -> None:
 
 def open_cache(path: str, log: logging.Logger) -> sqlite3.Connection:
     """Open the cache for writing, made or migrated where needed; a damaged one is set aside. Raises CacheError."""
+    connection = _connect(path)
     try:
-        return _open_whole(path)
+        _prepare(connection, path)
     except sqlite3.OperationalError as error:
+        connection.close()
         raise CacheError(f"{path}: {error}", "name another place with --cache") from None
     except sqlite3.DatabaseError as error:
-        set_aside(path, error, log)
-        return _open_whole(path)
+        set_aside(path, error, log)  # before it is closed, which would delete its write-ahead log
+        connection.close()
+        connection = _connect(path)
+        _prepare(connection, path)
+    except FabrikError:
+        connection.close()
+        raise
+    return connection
 
 
-def _open_whole(path: str) -> sqlite3.Connection:
+def _connect(path: str) -> sqlite3.Connection:
     before = os.umask(0o077)
     try:
-        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=CACHE_BUSY_MS / 1000)
+        return sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=CACHE_BUSY_MS / 1000)
+    except sqlite3.Error as error:
+        raise CacheError(f"{path}: {error}", "name another place with --cache") from None
     finally:
         os.umask(before)
-    with contextlib.ExitStack() as undo:
-        undo.callback(connection.close)
+
+
+def _prepare(connection: sqlite3.Connection, path: str) -> None:
+    before = os.umask(0o077)
+    try:
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if tables and "meta" not in tables:
             raise CacheError(f"{path} is another program's database", "name another place with --cache")
@@ -5401,8 +5469,8 @@ def _open_whole(path: str) -> sqlite3.Connection:
         if problem != "ok":
             raise sqlite3.DatabaseError(" ".join(problem.split())[:200])
         _migrate(connection, path)
-        undo.pop_all()
-    return connection
+    finally:
+        os.umask(before)
 
 
 def _migrate(connection: sqlite3.Connection, path: str) -> None:

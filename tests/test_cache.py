@@ -240,7 +240,6 @@ def test_an_orderly_stop_does_not_wait_for_a_full_disk(connection: sqlite3.Conne
     assert read(path, "SELECT count(*) FROM runs") == [(0,)]
 
 
-@pytest.mark.xfail(reason="a row is left out for a full disk as if it were bad", strict=True)
 def test_a_bad_row_on_a_full_disk_does_not_bring_the_cache_ahead_of_its_rows(
     connection: sqlite3.Connection, path: str
 ) -> None:
@@ -350,7 +349,6 @@ def test_a_file_that_is_no_database_is_set_aside(tmp_path: Path, caplog: pytest.
     assert read(str(tmp_path / "cache.db"), "SELECT count(*) FROM runs") == [(0,)]
 
 
-@pytest.mark.xfail(reason="SQLite removes the -wal when the failed connection is closed", strict=True)
 def test_what_a_crash_left_beside_a_damaged_cache_is_set_aside_with_it(tmp_path: Path) -> None:
     (tmp_path / "live").mkdir()
     live = open_cache(str(tmp_path / "live" / "cache.db"), LOG)

@@ -230,7 +230,6 @@ def test_reports_on_the_job_stand_in_for_those_the_pod_does_not_make() -> None:
     assert (row.phase, row.current_task) == ("implement", "1:a")
 
 
-@pytest.mark.xfail(reason="a reason that only the Job reports is not looked at", strict=True)
 def test_a_reason_on_the_job_stands_in_as_every_other_report_does() -> None:
     facts = ACTIVE._replace(report=said(reason="rate_limit_exhausted"))
     assert status_of(facts, STUCK, None, RUNNING) == (BLOCKED, "rate_limit_exhausted")
@@ -691,7 +690,6 @@ def test_a_time_zone_that_is_not_known_here_gives_no_next_run(name: str) -> None
     assert schedule_row("c", facts, NOW, zoneinfo.ZoneInfo).next_run_at is None
 
 
-@pytest.mark.xfail(reason="cronsim does not know Kubernetes' macros", strict=True)
 @pytest.mark.parametrize(
     ("macro", "following"), [("@hourly", "2026-11-23T12:00:00Z"), ("@daily", "2026-11-23T23:00:00Z")]
 )

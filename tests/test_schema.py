@@ -250,7 +250,6 @@ def test_a_schedule_that_is_removed_leaves(database: sqlite3.Connection) -> None
     assert database.execute("SELECT name FROM schedules").fetchall() == [("b",)]
 
 
-@pytest.mark.xfail(reason="what retention drops is written again instead of deleted", strict=True)
 @pytest.mark.parametrize("table", ["volumes", "cluster_events"])
 def test_what_leaves_by_retention_leaves_the_cache_too(database: sqlite3.Connection, table: str) -> None:
     store = Store(zoneinfo.ZoneInfo)
@@ -364,7 +363,6 @@ def test_facts_are_read_back_as_they_were_written(facts: Facts) -> None:
     assert facts_from_json(resource_of(facts), facts_json(facts)) == facts
 
 
-@pytest.mark.xfail(reason="a reported 0 is left out", strict=True)
 @settings(deadline=None)
 @given(REPORTED_FACTS)
 def test_facts_with_a_report_are_read_back_as_they_were_written(facts: Facts) -> None:
@@ -404,7 +402,6 @@ def test_facts_that_cannot_be_read_are_refused(text: str) -> None:
         facts_from_json(VOLUMES.name, text)
 
 
-@pytest.mark.xfail(reason="AttributeError, which the reader of the cache does not expect", strict=True)
 @pytest.mark.parametrize(
     ("resource", "text"), [("pods", "[]"), ("pods", "5"), ("jobs", '{"report":3}'), ("events", "[]")]
 )

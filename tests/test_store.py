@@ -217,7 +217,6 @@ def test_an_event_about_another_job_of_that_name_tells_nothing(world: World) -> 
     assert world.status() == (None, "VanishedUnseen")
 
 
-@pytest.mark.xfail(reason="an Event is looked up by the run id in its object's name", strict=True)
 def test_an_event_tells_of_a_job_that_only_its_label_makes_a_run(world: World) -> None:
     item = job(1, metadata={"name": "build-7"})
     world.see(JOBS, item)
@@ -304,7 +303,6 @@ def test_an_older_pod_that_ends_after_a_newer_began_tells_nothing(world: World) 
     assert world.delete(PODS, pod(1, phase="Failed")).changes == ()
 
 
-@pytest.mark.xfail(reason="a gone Pod always stands behind one that is still there", strict=True)
 def test_an_ended_run_keeps_the_last_pod_s_reason_in_whatever_order_its_pods_are_removed(world: World) -> None:
     first = pod(1, phase="Failed", report=Report(task="1:a"))
     later = {"name": f"fabrik-{RUN}-two", "uid": "2", "creationTimestamp": time_text(30)}
