@@ -94,6 +94,7 @@ if TYPE_CHECKING:
     import fcntl
     import heapq
     import http.server
+    import ipaddress
     import itertools
     import logging
     import logging.handlers
@@ -116,6 +117,7 @@ if TYPE_CHECKING:
     import traceback
     import unicodedata
     import urllib.parse
+    import urllib.request
     import uuid
     import zlib
     import zoneinfo
@@ -150,6 +152,7 @@ else:
     fcntl = _Lazy("fcntl")
     h11 = _Lazy("h11")  # HTTP/1.1
     heapq = _Lazy("heapq")
+    ipaddress = _Lazy("ipaddress")
     http = _Lazy("http.server")
     itertools = _Lazy("itertools")
     kubernetes = _Lazy("kubernetes")  # kubeconfigs: contexts, certificates, tokens, exec and OIDC plugins
@@ -172,7 +175,7 @@ else:
     threading = _Lazy("threading")
     traceback = _Lazy("traceback")
     unicodedata = _Lazy("unicodedata")
-    urllib = _Lazy("urllib.parse")
+    urllib = _Lazy("urllib.request")
     uuid = _Lazy("uuid")
     yaml = _Lazy("yaml")  # config.yaml, clusters.yaml, kubeconfigs
     zlib = _Lazy("zlib")
@@ -3194,6 +3197,8 @@ class ListDecoder:
             yield from self._values(last)
         if last and self._inside != "end":
             raise ProtocolError("a list that is cut off or no JSON")
+        if last and "items" not in self._head:
+            raise ProtocolError("an answer that is no list")  # taken for an empty one, it would end every run
 
     @property
     def resource_version(self) -> str:
@@ -3247,6 +3252,7 @@ class ListDecoder:
             raise ProtocolError("a list that is no JSON object")
         if key[0] == "items" and self._text[value_at] == "[":
             self._inside, self._at = "items", value_at + 1
+            self._head["items"] = None
             return True
         value = self._value(value_at, last)
         if value is None:
@@ -5570,6 +5576,17 @@ def _meta(connection: sqlite3.Connection, key: str) -> str:
     return str(found[0]) if found else ""
 
 
+def _connect_readonly(path: str) -> sqlite3.Connection:
+    folder = os.path.dirname(os.path.abspath(path))
+    fixed = not os.access(folder, os.W_OK) and not _size_of(path + "-wal")  # SQLite could not make its index there
+    uri = "file:" + re.sub(r"[%?#]", lambda match: f"%{ord(match[0]):02x}", os.path.abspath(path))
+    flags = "mode=ro&immutable=1" if fixed else "mode=ro"
+    try:
+        return sqlite3.connect(f"{uri}?{flags}", uri=True, isolation_level=None, check_same_thread=False)
+    except sqlite3.Error as error:
+        raise CacheError(f"{path}: {error}", "name another place with --cache") from None
+
+
 class CacheReader:
     """Reads the cache, with or without a daemon, also where nothing may be written."""
 
@@ -5579,26 +5596,27 @@ class CacheReader:
             raise CacheError(
                 f"nothing is known yet: no cache at {path}", "run 'fabrik-daemon start' or 'fabrik-daemon sync'"
             )
-        folder = os.path.dirname(os.path.abspath(path))
-        fixed = not os.access(folder, os.W_OK) and not os.path.exists(path + "-wal")
-        uri = "file:" + re.sub(r"[%?#]", lambda match: f"%{ord(match[0]):02x}", os.path.abspath(path))
+        self.connection = _connect_readonly(path)
         try:
-            self.connection = sqlite3.connect(
-                f"{uri}?mode=ro{'&immutable=1' if fixed else ''}",
-                uri=True,
-                isolation_level=None,
-                check_same_thread=False,
-            )
+            self._check_version(path)
+        except CacheError:
+            self.connection.close()
+            raise
+        self._kept_up = is_kept_up(path)
+
+    def _check_version(self, path: str) -> None:
+        try:
             found = self.connection.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone()
         except sqlite3.Error as error:
             raise CacheError(f"{path}: {error}", "start the daemon, which sets a damaged cache aside") from None
         version = int(found[0]) if found else 0
         if version != len(MIGRATIONS):
-            raise CacheError(
-                f"{path} has schema {version}, this fabrik-daemon reads {len(MIGRATIONS)}",
-                "use the same version for both",
-            )
-        self._kept_up = is_kept_up(path)
+            told = f"{path} has schema {version}, this fabrik-daemon reads {len(MIGRATIONS)}"
+            raise CacheError(told, "use the same version for both")
+
+    def close(self) -> None:
+        """Close the cache."""
+        self.connection.close()
 
     def rows(self, sql: str, values: Sequence[Any] = ()) -> list[JsonObject]:
         """Return the rows of a query of ours, as objects. Raises CacheError."""
@@ -5960,8 +5978,21 @@ def _connection_json(configuration: Any, cluster: JsonObject, status: JsonObject
         "key_pem": status.get("clientKeyData") or text_of(configuration.key_file),
         "token": status.get("token") or bearer.partition(" ")[2] or None,
         "expires_at": epoch_of(status.get("expirationTimestamp")),
-        "proxy_url": cluster.get("proxy-url"),
+        "proxy_url": cluster.get("proxy-url") or _proxy_of_environment(configuration.host),
     }
+
+
+def _proxy_of_environment(server: str) -> str | None:
+    """Return the proxy of HTTPS_PROXY and NO_PROXY, as kubectl has it: none for this host itself."""
+    endpoint = parse_server(server)
+    proxy = urllib.request.getproxies().get("https" if endpoint.tls else "http")
+    if not proxy or urllib.request.proxy_bypass(endpoint.host):
+        return None
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(endpoint.host)
+        if address.is_loopback or address.is_unspecified:
+            return None
+    return None if endpoint.host == "localhost" else proxy if "://" in proxy else f"http://{proxy}"
 
 
 def _files_named(path: str, cluster: JsonObject, user: JsonObject) -> list[str]:
@@ -6192,6 +6223,8 @@ class Watcher(ClientHandler):
         reader, now = self._reader, self._reactor.now()
         if not reader.is_refused and not reader.is_watch:
             yield from reader.facts(b"", self._items, last=True)
+            if not reader.list.resource_version:
+                raise ProtocolError("a list without a resource version")
         if not end.reusable:
             self._hang_up()
         if reader.is_refused:
@@ -7187,7 +7220,8 @@ class DaemonKnowledge:
 
     def run_details(self, run: Run) -> JsonObject:
         """Return a run's events, volumes and warnings; takes disk. Raises CacheError."""
-        return CacheReader(self._daemon.settings.cache).run_details(run.run_id)
+        with contextlib.closing(CacheReader(self._daemon.settings.cache)) as reader:
+            return reader.run_details(run.run_id)
 
     def query(self, sql: str) -> JsonObject:
         """Return `columns` and `rows` of user SQL; takes a process. Raises FabrikError."""
@@ -7928,7 +7962,9 @@ class Demo:
                 self._servers[name] = DemoServer()
                 undo.callback(self._servers[name].close)
             self._advance(0)
-            self._folder = tempfile.mkdtemp(prefix="fabrik-demo-")
+            room = SOCKET_PATH_BYTES - len("/fabrik-demo-12345678/daemon.sock/.f12345678/s")
+            is_short = len(os.fsencode(tempfile.gettempdir())) <= room
+            self._folder = tempfile.mkdtemp(prefix="fabrik-demo-", dir=None if is_short else "/tmp")  # noqa: S108
             undo.callback(shutil.rmtree, self._folder, ignore_errors=True)
             undo.callback(self._stop_daemon)
             self._start_daemon()

@@ -246,7 +246,7 @@ class LooseDaemon(Daemon):
         assert self._process
         assert self._process.poll() is None, f"the daemon ended with {self._process.returncode}:\n{self.log}"
         try:
-            return self.ask("ping")["type"] != "error"
+            return bool(self.ask("ping")["type"] != "error")
         except OSError:
             return False
 
