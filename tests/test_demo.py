@@ -12,9 +12,11 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import time
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
@@ -24,7 +26,6 @@ import fabrik_daemon
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 STARTED_AT: Final = 1_800_000_000.0
 END_S: Final = 60.0  # for a demo that takes twelve seconds on an idle machine
@@ -156,13 +157,12 @@ def test_schedule_volumes_and_warnings_live_too(changes: list[Change]) -> None:
 
 
 @pytest.fixture
-def folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the folder for temporary files, with nothing else of the user's in reach."""
-    place = tmp_path / "tmp"
-    place.mkdir()
-    monkeypatch.setenv("TMPDIR", str(place))
+def folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Return the folder for temporary files, with a path that a socket's can begin with, and nothing else in reach."""
     assert home.is_dir()
-    return place
+    with tempfile.TemporaryDirectory(prefix="fabrik-", dir="/tmp") as place:
+        monkeypatch.setenv("TMPDIR", place)
+        yield Path(place)
 
 
 def group_of(pid: int) -> list[str]:
