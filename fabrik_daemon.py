@@ -101,6 +101,7 @@ if TYPE_CHECKING:
     import queue
     import random
     import resource
+    import select
     import selectors
     import shutil
     import signal
@@ -160,6 +161,7 @@ else:
     queue = _Lazy("queue")
     random = _Lazy("random")
     resource = _Lazy("resource")
+    select = _Lazy("select")
     selectors = _Lazy("selectors")
     shutil = _Lazy("shutil")
     signal = _Lazy("signal")
@@ -228,11 +230,16 @@ ACCEPTS_PER_TURN: Final = 64  # before others get their turn
 REQUEST_MAX_BYTES: Final = 2**20  # SQL may be long; nothing else is
 OUTPUT_HIGH_BYTES: Final = 256 * 1024  # more than this is not handed to a connection that does not take it
 HISTORY_LOADED: Final = 1000  # of them, taken over from the cache at start
-HISTORY_EVENTS: Final = 10_000  # what includeHistory reaches back to; about 10 MB
+HISTORY_EVENTS: Final = 10_000  # what includeHistory reaches back to
+HISTORY_BYTES: Final = 12 * 2**20  # a change has some 1 KB, and with the longest texts 40
+UNREAD_POLL_S: Final = 0.001  # nothing tells when a peer has read; doubles while it has not
+UNREAD_POLL_MAX_S: Final = 0.1
+ANSWERS_WAITING: Final = 16  # of one client, before its next request is looked at
 SUBSCRIBER_QUEUE_LINES: Final = 10_000
 SUBSCRIBER_QUEUE_BYTES: Final = 8 * 2**20  # of one that does not read; then it has lagged
 SNAPSHOT_ROWS: Final = 100  # rows serialised at a time, about 1 ms
 CLIENT_TIMEOUT_S: Final = 10.0  # of a command, for the daemon's answer
+READY_AT_LATEST_S: Final = 3.0  # what a start waits for the first credentials, to tell at once where none resolve
 LOCK_TRIES: Final = 5
 LOCK_POLL_S: Final = 0.02  # where only asking again tells
 HELPERS_END_S: Final = 0.5  # for helper processes that were killed to be gone
@@ -1662,7 +1669,7 @@ def status_of(  # noqa: PLR0911 - one return a row
     if pod.phase == "Running" and not pod.gone:  # 8
         return RUNNING, trouble or why
     if pod.phase == "Unknown":  # 9
-        return was or PENDING, "NodeLost"
+        return (was if was not in TERMINAL else None) or PENDING, "NodeLost"
     return PENDING, trouble  # 10
 
 
@@ -2307,6 +2314,10 @@ class Store:
         draft.places.update(dict.fromkeys(self._runs.set_listed(scope, False)))
         return self._commit(draft, None)
 
+    def rows(self, wanted: Filter) -> list[TableRow]:
+        """Return the rows of all tables that are asked for."""
+        return [row for kind in TABLES.values() for row in self.tables.rows(kind) if wanted.matches(row)]
+
     def announce(self, change_type: str, row: ClusterRow, now: float) -> Commit:
         """Take in what happened to a cluster's connection."""
         draft = Draft(now)
@@ -2415,7 +2426,7 @@ class Store:
 # Bus
 # ----------------------------------------------------------------------------------------------------------------------
 
-SnapshotRows = Callable[[Filter], Sequence[Row]]
+SnapshotRows = Callable[[Filter], Sequence[TableRow]]
 
 
 def format_line(message: JsonObject) -> bytes:
@@ -2452,8 +2463,9 @@ class _Published(NamedTuple):
     change: Change
     line: bytes
 
-    def marked(self, mark: bytes) -> bytes:
-        return self.line[:-2] + b',"' + mark + b'":true}\n'
+
+def _marked(line: bytes, mark: bytes) -> bytes:
+    return line[:-2] + b',"' + mark + b'":true}\n'
 
 
 class Subscription:
@@ -2510,19 +2522,21 @@ class Bus:
         self.seq = seq  # of the last change published
         self.published = 0
         self._rows = rows
-        self._history: deque[_Published] = deque(maxlen=HISTORY_EVENTS)
+        self._history: deque[_Published] = deque()
+        self._history_bytes = 0
         self._subscriptions: dict[Subscription, None] = {}  # in the order they came
 
     def load(self, changes: Iterable[Change]) -> None:
         """Take over the changes that the cache still holds, the oldest first."""
-        self._history.extend(_Published(change, format_line(event_of(change))) for change in changes)
+        for change in changes:
+            self._remember(_Published(change, format_line(event_of(change))))
 
     def publish(self, changes: Iterable[Change]) -> list[Subscription]:
         """Queue changes with those who asked for them; return who has something to read now."""
         woken: dict[Subscription, None] = {}
         for change in changes:
             published = _Published(change, format_line(event_of(change)))
-            self._history.append(published)
+            self._remember(published)
             self.seq = change.seq
             self.published += 1
             for subscription in self._subscriptions:
@@ -2539,8 +2553,9 @@ class Bus:
         for published in reversed(self._history):
             if len(matching) >= history:
                 break
-            if _line_for(wanted, published) is not None:
-                matching.append(published.marked(b"history"))
+            line = _line_for(wanted, published)
+            if line is not None:
+                matching.append(_marked(line, b"history"))
         lines += reversed(matching)
         subscription = Subscription(wanted, lines, lambda: self._snapshot(wanted))
         self._subscriptions[subscription] = None
@@ -2560,6 +2575,12 @@ class Bus:
     def __len__(self) -> int:
         """Return the number of subscribers."""
         return len(self._subscriptions)
+
+    def _remember(self, published: _Published) -> None:
+        self._history.append(published)
+        self._history_bytes += len(published.line)
+        while len(self._history) > HISTORY_EVENTS or self._history_bytes > HISTORY_BYTES:
+            self._history_bytes -= len(self._history.popleft().line)
 
     def _snapshot(self, wanted: Filter) -> Iterator[bytes]:
         """Return the rows of this moment, in pieces that are serialised when they are asked for."""
@@ -2582,7 +2603,7 @@ def _line_for(wanted: Filter, published: _Published) -> bytes | None:
     if not removed and wanted.matches(change.row):
         return published.line
     if wanted.matches(change.previous if change.previous is not None else change.row if removed else None):
-        return published.marked(b"left")
+        return _marked(published.line, b"left")
     return None
 
 
@@ -3104,10 +3125,10 @@ class HttpServerCodec:
                 if len(self._body) > REQUEST_MAX_BYTES:
                     raise ProtocolError(f"a request of over {REQUEST_MAX_BYTES} bytes")
             elif isinstance(event, h11.EndOfMessage) and self._request is not None:
-                target = urllib.parse.urlsplit(self._request.target.decode("latin-1"))
-                query = urllib.parse.parse_qs(target.query, keep_blank_values=True)
-                path = urllib.parse.unquote(target.path)
-                yield HttpRequest(self._request.method.decode("latin-1"), path, query, self._body)
+                path, _, query = self._request.target.decode("latin-1").partition("?")
+                parameters = urllib.parse.parse_qs(query, keep_blank_values=True)
+                method = self._request.method.decode("latin-1")
+                yield HttpRequest(method, urllib.parse.unquote(path), parameters, self._body)
             else:
                 return
             if self._connection.our_state is h11.SEND_RESPONSE and self._connection.client_is_waiting_for_100_continue:
@@ -3385,7 +3406,16 @@ class ServerTraits:
 
     def __init__(self) -> None:
         self.streams_lists = True  # WatchList; until it refuses, or never ends an initial list
-        self.sends_bookmarks = True  # until it is silent where they were due
+        self.sends_bookmarks = True  # until it is silent where they were due, twice in a row, and never sent one
+        self._has_sent_one = False
+
+    def on_bookmark(self) -> None:
+        """Take in a bookmark: silence is never this server's way."""
+        self.sends_bookmarks = self._has_sent_one = True
+
+    def on_silence(self, *, again: bool) -> None:
+        """Take in that a watch told nothing where a bookmark was due; once may be its connection's fault."""
+        self.sends_bookmarks = self._has_sent_one or not again
 
 
 class WatchTarget(NamedTuple):
@@ -3502,7 +3532,7 @@ class WatchMachine:
         self._backoff = Backoff(timing, jitter)
         self._position = _Position(target.label_selector, resource_version)
         self._request = _Request(0.0, initial=False)
-        self._renewed = False
+        self._renewed = self._was_silent = False
         self._due_at = self._healthy_since = 0.0
         self._relist_at = math.inf
         self.state = CONNECTING
@@ -3554,7 +3584,7 @@ class WatchMachine:
 
     def on_event(self, event: WatchEvent, now: float) -> list[Action]:  # noqa: PLR0911 - one return a kind
         """Take in one event of a watch."""
-        self._request.heard = True
+        self._request.heard, self._was_silent = True, False
         if event.type == "ERROR":
             return self.on_refusal(refusal_from_status(500, event.object), now)
         version = event.resource_version
@@ -3566,7 +3596,7 @@ class WatchMachine:
         if version and self._position.goes_back(version):
             return self.relist("resource versions went back", now)
         if event.type == "BOOKMARK" and version:
-            self._traits.sends_bookmarks = True
+            self._traits.on_bookmark()
             self._position.advance(version)
             return [Advance(version)]
         if event.type not in ("ADDED", "MODIFIED", "DELETED") or not version:
@@ -3581,8 +3611,6 @@ class WatchMachine:
             return self._without_streaming(now)
         if not self._request.events and now - self._request.began_at < EMPTY_WATCH_S:
             return self.on_failure("the server ends watches at once", now)
-        if not self._request.heard and now - self._request.began_at > self._timing.idle:
-            self._traits.sends_bookmarks = False
         return self._watch(now)
 
     def on_refusal(self, refusal: Refusal, now: float) -> list[Action]:
@@ -3619,7 +3647,8 @@ class WatchMachine:
         if self._request.initial:
             return self._without_streaming(now)
         if self.state == WATCHING and not self._request.heard:  # a server without bookmarks, or not its version
-            self._traits.sends_bookmarks = False
+            self._traits.on_silence(again=self._was_silent)
+            self._was_silent = True
             self._position.lose()
         return self.on_failure(f"silent for {now - self._due_at + self._patience():.0f} s", now, state=STALE)
 
@@ -3789,6 +3818,7 @@ class Requests:
         wanted = request.get("run")
         if not isinstance(wanted, str):
             raise UsageError("runs.show needs a run", 'write {"action": "runs.show", "run": "..."}')
+        self._synced(())
         runs = [row for row in self._knowledge.rows(Run, Filter()) if isinstance(row, Run)]
         run = pick_run(runs, wanted)
         parts = [part._asdict() for part in self._synced({run.cluster})]
@@ -3807,7 +3837,7 @@ class Requests:
         sql = request.get("sql")
         if not isinstance(sql, str):
             raise UsageError("query needs sql", 'write {"action": "query", "sql": "SELECT ..."}')
-        parts = [part._asdict() for part in self._knowledge.freshness()]
+        parts = [part._asdict() for part in self._synced(())]
         return Later(lambda: Reply({**self._knowledge.query(sql), "clusters": parts}))
 
     def _logs(self, request: JsonObject) -> Answer:
@@ -3880,13 +3910,29 @@ def reply_pieces(reply: Reply, request: JsonObject) -> Iterator[bytes]:
     yield b"]}\n"
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(text)
+
+
+# Python's own would take NaN and 1e999, which no other reader of JSON does when an id comes back.
+_REQUEST_JSON: Final = json.JSONDecoder(parse_float=_finite, parse_constant=_no_constant)
+
+
 class RequestDecoder:
     """Takes requests out of what a client sends: each ends at a newline, or where the text is a whole JSON object."""
 
     def __init__(self) -> None:
         self._text = ""
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._scan = json.JSONDecoder().raw_decode
+        self._scan = _REQUEST_JSON.raw_decode
+        self.is_unfinished = False  # the last request ended without a newline
 
     def receive(self, data: bytes) -> Iterator[JsonObject | UsageError]:
         """Yield requests, and an error for each line that is none. Raises ProtocolError for one that is too long."""
@@ -3919,6 +3965,7 @@ class RequestDecoder:
             self._text = rest
             return UsageError(f"this is no JSON: {clip(line[:60])!r}", 'send one object a line: {"action": "status"}')
         self._text = text[end:]
+        self.is_unfinished = not self._text
         if not isinstance(value, dict):
             return UsageError("a request is a JSON object", 'write {"action": "status"}')
         return value
@@ -3937,8 +3984,11 @@ def request_from_http(http: HttpRequest) -> JsonObject:
     if http.method not in allowed:
         raise MethodError(f"{clip(http.method)} is not possible here", f"use {allowed[0]}")
     if http.body:
-        said = parse_json_object(http.body.decode("utf-8", "replace"))
-        if said is None:
+        try:
+            said = _REQUEST_JSON.decode(http.body.decode("utf-8", "replace"))
+        except (ValueError, RecursionError):
+            said = None
+        if not isinstance(said, dict):
             raise UsageError("the body is no JSON object")
         request = {**said, **request}
     return {**_query_parameters(http.query), **request}
@@ -3952,6 +4002,7 @@ _ROUTES: Final = {
     "/v1/query": "query",
     "/v1/logs": "logs",
     "/v1/stream": "subscribe",
+    "/v1/ping": "ping",
     "/v1/reload": "reload",
     "/v1/shutdown": "shutdown",
 }
@@ -3968,7 +4019,8 @@ def _query_parameters(query: Mapping[str, list[str]]) -> JsonObject:
         elif name == "follow":
             said["follow"] = values[-1] in ("", "1", "true")
         else:
-            said[name] = int(values[-1]) if values[-1].isdigit() and len(values[-1]) < 20 else values[-1]
+            number = parse_int(values[-1])
+            said[name] = values[-1] if number is None else number
     return said
 
 
@@ -5114,6 +5166,15 @@ class Stream:
         return len(self._output)
 
     @property
+    def is_unread(self) -> bool:
+        """Whether the peer has not read all that was sent; only a Unix socket can tell."""
+        if self._socket is None or self._output:
+            return True
+        if sys.platform == "darwin":
+            return bool(self._socket.getsockopt(socket.SOL_SOCKET, 0x1024))  # SO_NWRITE
+        return any(fcntl.ioctl(self._socket, termios.TIOCOUTQ, b"\0" * 4))
+
+    @property
     def is_closed(self) -> bool:
         """Whether the connection is over."""
         return self._closed
@@ -5178,6 +5239,8 @@ class Stream:
             self._paused = True
             self._watch()
             self._handler.on_data(b"")
+            if not self._closed and has_hung_up(sock):
+                self._fail("the peer hung up")
         elif len(data) >= READ_BYTES and isinstance(sock, ssl.SSLSocket) and sock.pending():
             self._reactor.call_soon(lambda: self._on_ready(0))  # select does not see what TLS has decrypted
 
@@ -5196,6 +5259,13 @@ class Stream:
         if not self._closed:
             self.close()
             self._handler.on_error(error)
+
+
+def has_hung_up(sock: socket.socket) -> bool:
+    """Say whether a peer that sends no more reads no more either."""
+    poll = select.poll()
+    poll.register(sock, 0)
+    return any(events & (select.POLLHUP | select.POLLERR) for _, events in poll.poll(0))
 
 
 def receive_from(sock: socket.socket) -> tuple[bytes, bool, str]:
@@ -6602,9 +6672,16 @@ class _Outbox:
         """Send an answer after those before it."""
         self._answers.append(iter(answer))
 
-    def pump(self, wrap: Callable[[bytes], bytes]) -> bool:
-        """Send until the client must read first; return whether nothing is left."""
+    @property
+    def is_full(self) -> bool:
+        """Whether the client has asked for more than it reads."""
+        return len(self._answers) >= ANSWERS_WAITING
+
+    def pump(self, wrap: Callable[[bytes], bytes], *, singly: bool) -> bool:
+        """Send until the client must read first, `singly` each line; return whether nothing is left."""
         while self._stream.pending_bytes < OUTPUT_HIGH_BYTES:
+            if singly and self._stream.is_unread:
+                return False
             piece = self._next()
             if piece is None:
                 return True
@@ -6632,9 +6709,12 @@ class ServerConnection:
         self._stream = Stream(server.reactor, self)
         self._outbox = _Outbox(self._stream)
         self._lines: RequestDecoder | None = None
+        self._requests: Iterator[JsonObject | UsageError] = iter(())  # that came and wait to be looked at
         self._http: HttpServerCodec | None = None
         self._responding = False  # over HTTP: a response is on its way
         self._waiting = 0  # answers that are being made
+        self._poll: Timer | None = None  # until the client has read
+        self._poll_s = UNREAD_POLL_S
         self._ended = False  # the client sends no more
         self._stream.adopt(sock)
 
@@ -6654,8 +6734,7 @@ class ServerConnection:
                 for http in self._http.receive(data):
                     self._on_http(http)
             elif self._lines is not None:
-                for request in self._lines.receive(data):
-                    self._on_request(request)
+                self._requests = itertools.chain(self._requests, self._lines.receive(data))
         except ProtocolError as error:
             self._refuse(error)
         self.pump()
@@ -6676,24 +6755,62 @@ class ServerConnection:
 
     def pump(self) -> None:
         """Send what there is to send; a client that has ended and has everything is done with."""
-        wrap = self._http.chunk if self._http is not None else bytes
-        if self._stream.is_closed or not self._outbox.pump(wrap):
+        while not self._stream.is_closed:
+            room = self._send_waiting()
+            if not (self._take_request() or (room and self._go_on())):
+                break
+        if self._stream.is_closed or self._outbox.is_full or self._waiting >= ANSWERS_WAITING:
             return
-        if self._responding and not self._waiting and not self._outbox.subscriptions and self._http is not None:
-            self._responding = False
-            self._stream.send(self._http.end())
-            try:
-                for http in self._http.next_requests():
-                    self._on_http(http)
-            except ProtocolError as error:
-                self._refuse(error)
-            if self._responding:
-                self.pump()
-                return
-            self._ended = self._ended or not self._http.is_open
         done = self._ended and not self._waiting and not self._outbox.subscriptions
         if done and not self._stream.pending_bytes:
             self.close()
+
+    def _send_waiting(self) -> bool:
+        """Send what waits; return whether that is all of it."""
+        # The spec's own client, known by its missing newline, takes each piece that it reads for one message.
+        singly = self._lines is not None and self._lines.is_unfinished
+        if self._outbox.pump(self._http.chunk if self._http is not None else bytes, singly=singly):
+            return True
+        if singly and self._poll is None:
+            self._poll = self._server.reactor.call_later(self._poll_s, self._on_poll)
+            self._poll_s = min(2 * self._poll_s, UNREAD_POLL_MAX_S)
+        return False
+
+    def _on_poll(self) -> None:
+        self._poll = None
+        if not self._stream.is_closed:
+            self._poll_s = self._poll_s if self._stream.is_unread else UNREAD_POLL_S
+            self.pump()
+
+    def _take_request(self) -> bool:
+        """Answer the next request of a client that reads its answers; say whether there was one."""
+        if self._outbox.is_full or self._waiting >= ANSWERS_WAITING:
+            self._stream.pause()
+            return False
+        try:
+            request = next(self._requests, None)
+        except ProtocolError as error:
+            self._refuse(error)
+            return True
+        if request is not None:
+            self._on_request(request)
+        elif not self._ended:
+            self._stream.resume()
+        return request is not None
+
+    def _go_on(self) -> bool:
+        """Over HTTP, end a response that is whole and take up the next request; say whether there was one."""
+        if self._http is None or not self._responding or self._waiting or self._outbox.subscriptions:
+            return False
+        self._responding = False
+        self._stream.send(self._http.end())
+        try:
+            for http in self._http.next_requests():
+                self._on_http(http)
+        except ProtocolError as error:
+            self._refuse(error)
+        self._ended = self._ended or (self._http is not None and not self._http.is_open)
+        return self._responding
 
     @property
     def subscriptions(self) -> Sequence[Subscription]:
@@ -6716,12 +6833,13 @@ class ServerConnection:
         if codec is None:
             return
         self._responding = True
+        request: JsonObject = {}
         try:
             request = request_from_http(http)
             answer = self._server.requests.answer(request)
         except FabrikError as error:
             self._stream.send(codec.head(error.http_status, "application/json"))
-            self._outbox.put([format_line(error_message(error, {}))])
+            self._outbox.put([format_line(error_message(error, request))])
             return
         if isinstance(answer, Later):
             self._later(answer, request, lambda status: self._stream.send(codec.head(status, "application/json")))
@@ -6878,11 +6996,11 @@ def choose_socket(settings: Settings) -> str:
 
 def check_socket_path(path: str) -> None:
     """Refuse a place where others could put a socket of theirs in place of ours. Raises SocketError."""
-    if len(os.fsencode(path)) + len(_PRIVATE_SUFFIX) > SOCKET_PATH_BYTES:
-        raise SocketError(
-            f"{path}: longer than the {SOCKET_PATH_BYTES} bytes of a socket's path", "choose a shorter one"
-        )
-    folder = os.path.realpath(os.path.dirname(os.path.abspath(path)))
+    above = os.path.dirname(os.path.abspath(path))
+    if max(len(os.fsencode(path)), len(os.fsencode(above)) + len(_PRIVATE_SUFFIX)) > SOCKET_PATH_BYTES:
+        raise SocketError(f"{path}: too long for a socket", f"choose a path under {SOCKET_PATH_BYTES - 14} bytes")
+    _check_links(above)
+    folder = os.path.realpath(above)
     while True:
         try:
             found = os.stat(folder)
@@ -6896,6 +7014,16 @@ def check_socket_path(path: str) -> None:
             raise SocketError(f"others may write in {folder}", f"chmod go-w {folder}, or choose another with --socket")
         if folder == os.path.dirname(folder):
             return
+        folder = os.path.dirname(folder)
+
+
+def _check_links(folder: str) -> None:
+    """Refuse a symbolic link on the way that another user could let point elsewhere. Raises SocketError."""
+    while folder != os.path.dirname(folder):
+        with contextlib.suppress(OSError):
+            found = os.lstat(folder)
+            if stat.S_ISLNK(found.st_mode) and found.st_uid not in (0, os.geteuid()):
+                raise SocketError(f"{folder} is another user's link", "choose another place with --socket")
         folder = os.path.dirname(folder)
 
 
@@ -7038,11 +7166,18 @@ def last_words(cache: str, *, forget: bool = False) -> str:
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             words = file.read(LAST_WORDS_CHARS).strip()
-        if forget or not words:
-            os.unlink(path)
+        if forget and words:
+            os.unlink(path)  # an empty one is that of a daemon that starts or runs
     except OSError:
         return ""
     return words
+
+
+def end_without_words(cache: str) -> None:
+    """Take away the file for last words, where none were said."""
+    if not last_words(cache):
+        with contextlib.suppress(OSError):
+            os.unlink(crash_path(cache))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -7300,7 +7435,7 @@ class Daemon:
         self.cache.on_rebuilt = lambda: self._reactor.call_soon(self._write_everything)
         self.store = Store(zone_of)
         self.store.load(self._resumption.snapshot)
-        self.bus = Bus(self._resumption.stream, self.store.tables.seq, self._rows_wanted)
+        self.bus = Bus(self._resumption.stream, self.store.tables.seq, self.store.rows)
         self.bus.load(self._resumption.changes)
         self._reactor = Reactor(self._log)
         self._credentials = Credentials(self._reactor, settings.timing)
@@ -7310,13 +7445,14 @@ class Daemon:
         self._follower.on_settled = self._on_settled
         self.ring.wake = lambda subscriptions: self._reactor.call_soon(lambda: self._server.wake(subscriptions))
         self._once = False
+        self._ready: Callable[[], None] = lambda: None
         self._ever_worked = False  # a configuration that never did is an error; later it may mend itself
         self._clusters_file = file_times([settings.clusters_file])
         self._failure: FabrikError | None = None
         self.socket_path: str | None = None
 
     def run(self, ready: Callable[[], None]) -> None:
-        """Serve and follow until a signal; `ready` is called when the socket answers. Raises FabrikError."""
+        """Serve and follow until a signal; `ready` is called when that can begin. Raises FabrikError."""
         self.socket_path = choose_socket(self.settings)
         self._server.open(self.socket_path)
         raise_descriptor_limit()
@@ -7371,7 +7507,8 @@ class Daemon:
             self.store.set_priorities({spec.name: spec.priority for spec in self._specs.values()})
             for spec in self._specs.values():
                 self._begin(spec)
-            ready()
+            self._ready = ready
+            self._reactor.call_later(READY_AT_LATEST_S, self._be_ready)
             self._reactor.run()
         finally:
             self._end()
@@ -7397,12 +7534,15 @@ class Daemon:
             if self._once:
                 self._reactor.call_soon(self._reactor.stop)
                 return
-        if not self._ever_worked and clusters and all(isinstance(each.error, ConfigError) for each in clusters):
+        if self._ever_worked:
+            self._be_ready()
+        elif clusters and all(isinstance(each.error, ConfigError) for each in clusters):
             self._failure = cluster.error
             self._reactor.stop()
 
-    def _rows_wanted(self, wanted: Filter) -> list[Row]:
-        return [row for kind in TABLES.values() for row in self.store.tables.rows(kind) if wanted.matches(row)]
+    def _be_ready(self) -> None:
+        ready, self._ready = self._ready, lambda: None
+        ready()
 
     def _unsubscribe(self, subscription: Subscription) -> None:
         self.bus.unsubscribe(subscription)
@@ -7415,8 +7555,7 @@ class Daemon:
 
     def _write_everything(self) -> None:
         """Fill a cache that was made anew; where the watches are follows with their next word."""
-        rows = [row for kind in TABLES.values() for row in self.store.tables.rows(kind)]
-        self.cache.put(dump_statements(rows, self.store.objects()))
+        self.cache.put(dump_statements(self.store.rows(Filter()), self.store.objects()))
         self.cache.put(
             [set_meta("stream", self.bus.stream), set_meta("reserved_seq", str(self.store.tables.reserve()))]
         )
@@ -8173,6 +8312,7 @@ def runs_show(context: Context, arguments: argparse.Namespace) -> int:
             f"SELECT {', '.join(Run._fields)} FROM runs WHERE run_id = ? OR id = ?",  # noqa: S608 - names of ours
             (wanted, wanted),
         )
+        check_synced(reader.freshness(), [])
         run = pick_run([Run(**values) for values in found], wanted)
         tell_source(context, "the cache", check_synced(reader.freshness(), [run.cluster]))
         row = {**run._asdict(), **reader.run_details(run.run_id)}
@@ -8319,7 +8459,7 @@ def start(context: Context, arguments: argparse.Namespace) -> int:
             context.warn(str(error))
             return 0
         daemon.run(lambda: detach(context.settings.cache) if arguments.detach else None)
-        last_words(context.settings.cache)  # none: the file goes
+        end_without_words(context.settings.cache)
         return 0
     words = last_words(context.settings.cache, forget=True)
     if words:
@@ -8531,8 +8671,10 @@ def _running(context: Context) -> Client:
 def _reload_if_running(context: Context) -> None:
     client = connect(context.settings)
     if client is not None:
-        with contextlib.suppress(RemoteError, NotRunningError):
+        try:
             client.ask("reload")
+        except (RemoteError, NotRunningError) as error:
+            context.warn(f"the daemon goes on as before: {error}")
         client.close()
 
 

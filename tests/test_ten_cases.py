@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import resource
 import signal
 import socket
@@ -172,6 +173,7 @@ def test_a_half_open_connection_is_told_as_stale_and_resumed(authority: Authorit
         subscriber = daemon.subscribe()
         server.put("pods", pod(1, report=Report(finished=1)))
         subscriber.wait_for(lambda event: event.get("progress") == {"finished": 1, "total": 192}, "live events")
+        daemon.settle()  # each watch has heard a bookmark: what has not may have a version from nowhere
         server.relay.fall_silent(for_new=True)
         silent_at = time.monotonic()
         server.put("pods", pod(1, report=Report(finished=2)))
@@ -197,6 +199,30 @@ def test_a_half_open_connection_is_told_as_stale_and_resumed(authority: Authorit
     assert added == {run_id(2): 1}
     rows = [json.dumps(event["row"], sort_keys=True) for event in subscriber.of("run:updated")]
     assert len(set(rows)) == len(rows), "nothing is told twice"
+
+
+def test_a_connection_half_open_before_its_first_bookmark_does_not_blind_the_next_ones(
+    authority: Authority, serve: Serve, make: Make
+) -> None:
+    """Bookmarks come after a minute: a link that dies sooner says nothing of the server, which sends them as ever."""
+    server = Model(authority)
+    serve(server)
+    with Relay(server.port) as server.relay:
+        daemon = make(Cluster(server), idle="2s", connect="2s")
+        daemon.launch()
+        daemon.wait_connected()
+        subscriber = daemon.subscribe()
+        server.relay.fall_silent()
+        told = subscriber.wait_for(lambda event: event["type"] == "cluster:stale", "told as stale")
+        seconds = re.search(r"silent for (\d+) s", told["error"])
+        assert seconds
+        assert int(seconds[1]) < 10, "how long it was silent, not how long it might be"
+        with heartbeat(server):
+            daemon.wait_connected()
+            daemon.settle()
+            server.relay.fall_silent()
+            wait_until(lambda: len(subscriber.of("cluster:stale")) == 2, PATIENCE_S / 2, "told as stale again")
+            daemon.wait_connected()
 
 
 # 2. A streaming list without its end ----------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shutil
 import socket
 import subprocess
@@ -182,6 +183,7 @@ def main() -> None:
     parser.add_argument("--flood", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.flood:
+        os.nice(19)  # what is measured is the daemon, not who gets the processor
         flood()
         return
     rounds: list[tuple[str, ...]] = [(), *((name,) for name in COMPANY), tuple(COMPANY)]
