@@ -214,7 +214,7 @@ QUERY_ROWS: Final = 10_000
 QUERY_MEMORY_BYTES: Final = 512 * 2**20
 RUN_EVENTS_SHOWN: Final = 1000
 MISSED_MAX: Final = 100  # a schedule that missed more than this is simply off
-POOL_THREADS: Final = 4  # name look-ups and helper processes; each cluster needs one at a time
+POOL_THREADS: Final = 16  # of each pool; name look-ups and helper processes take seconds where they hang
 LOG_RING_LINES: Final = 2000
 SKEW_MIN_S: Final = 2.0  # an HTTP Date has whole seconds: less than this is no skew
 K3S_KUBECONFIG: Final = "/etc/rancher/k3s/k3s.yaml"
@@ -234,7 +234,7 @@ HISTORY_EVENTS: Final = 10_000  # what includeHistory reaches back to
 HISTORY_BYTES: Final = 12 * 2**20  # a change has some 1 KB, and with the longest texts 40
 UNREAD_POLL_S: Final = 0.001  # nothing tells when a peer has read; doubles while it has not
 UNREAD_POLL_MAX_S: Final = 0.1
-ANSWERS_WAITING: Final = 16  # of one client, before its next request is looked at
+ANSWERS_WAITING: Final = 4  # of one client, before its next request is looked at
 SUBSCRIBER_QUEUE_LINES: Final = 10_000
 SUBSCRIBER_QUEUE_BYTES: Final = 8 * 2**20  # of one that does not read; then it has lagged
 SNAPSHOT_ROWS: Final = 100  # rows serialised at a time, about 1 ms
@@ -770,6 +770,11 @@ class ClusterSpec(NamedTuple):
     enabled: bool = True
     is_discovered: bool = False  # in a kubeconfig, rather than named in clusters.yaml
 
+    @property
+    def rank(self) -> tuple[bool, int, str]:
+        """Which of two names for one cluster it goes by, the lower."""
+        return self.is_discovered, self.priority, self.name
+
 
 class Settings(NamedTuple):
     """Where everything is and how long everything may take."""
@@ -1036,7 +1041,10 @@ class Connection(NamedTuple):
 
     def renew_in(self, now: float, timing: Timing) -> float | None:
         """Return the seconds until the credentials should be resolved anew, None where they do not expire."""
-        return None if self.expires_at is None else max(1.0, self.expires_at - now - timing.renew_before)
+        if self.expires_at is None:
+            return None
+        left_s = self.expires_at - now
+        return max(1.0, left_s - min(timing.renew_before, left_s / 2))
 
 
 class Proxy(NamedTuple):
@@ -1119,7 +1127,11 @@ def fabrik_clusters(document: JsonObject, path: str) -> list[ClusterSpec]:
         named = "fabrik" in (name or "").lower() or "fabrik" in (text_at(context, "cluster") or "").lower()
         named = named or path == K3S_KUBECONFIG or (name or "").startswith("k3d-")
         namespace = text_at(context, "namespace") or ""
-        if name and (named or namespace == "fabrik-runs" or extensions & {"fabrik", "fabrik.dev"}):
+        if (
+            name
+            and name not in {spec.context for spec in found}
+            and (named or namespace == "fabrik-runs" or extensions & {"fabrik", "fabrik.dev"})
+        ):
             namespaces = (namespace,) if namespace.startswith("fabrik-runs") else ("fabrik-runs",)
             shown = "k3s" if path == K3S_KUBECONFIG and name == "default" else name
             found.append(ClusterSpec(shown, path, context=name, namespaces=namespaces, is_discovered=True))
@@ -1131,6 +1143,8 @@ def connection_from(resolved: JsonObject) -> Connection:
     if "error" in resolved:
         raise (ConfigError if resolved.get("is_configuration") else CredentialsError)(str(resolved["error"]))
     known = {name: resolved[name] for name in Connection._fields if name in resolved and name != "files"}
+    if not all(" " < char < "\x7f" for char in known.get("token") or "x"):
+        raise ConfigError("the token has characters that no header can hold", "write it anew, without line breaks")
     return Connection(**known)
 
 
@@ -3008,23 +3022,24 @@ ResponsePart = Union[ResponseHead, bytes, ResponseEnd]
 class HttpClientCodec:
     """The client side of HTTP/1.1 (RFC 9112): one GET after the other on one connection."""
 
-    def __init__(self, authority: str, headers: Mapping[str, str]) -> None:
-        self._headers = [("Host", authority), *headers.items()]
+    def __init__(self, authority: str) -> None:
+        self._authority = authority
         self._connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEADERS_MAX_BYTES)
         self._inflate: Any | None = None
 
-    def send_get(self, target: str, *, compressed: bool) -> bytes:
+    def send_get(self, target: str, headers: Mapping[str, str], *, compressed: bool) -> bytes:
         """Return the bytes of a request. Raises ProtocolError where the last response is not through."""
         encoding = [("Accept-Encoding", "gzip")] if compressed else []
         try:
             if self._connection.our_state is not h11.IDLE:
                 self._connection.start_next_cycle()
-            request = h11.Request(method="GET", target=target, headers=[*self._headers, *encoding])
+            all_headers = [("Host", self._authority), *headers.items(), *encoding]
+            request = h11.Request(method="GET", target=target, headers=all_headers)
             return bytes(self._connection.send(request) or b"") + bytes(
                 self._connection.send(h11.EndOfMessage()) or b""
             )
-        except h11.LocalProtocolError as error:
-            raise ProtocolError(f"this request cannot be sent: {error}") from None
+        except h11.LocalProtocolError:  # whose words may hold the token
+            raise ProtocolError("this request cannot be sent") from None
 
     def receive(self, data: bytes) -> Iterator[ResponsePart]:
         """Yield the parts of responses in what was received; b"" is the connection's end.
@@ -3397,6 +3412,10 @@ class Told(NamedTuple):
     error: str
     retry_at: float | None  # monotonic; None where it goes on by itself
 
+    def after(self, error: str) -> Told:
+        """Return it with what went wrong before, which holds until the watch is open again."""
+        return self._replace(error=self.error or error) if self.state in (CONNECTING, LISTING) else self
+
 
 Action = Union[Get, HangUp, Keep, Apply, Advance, Swap, Renew, Told]
 
@@ -3646,11 +3665,12 @@ class WatchMachine:
             return self.on_failure(f"no answer for {self._timing.answer:g} s", now)
         if self._request.initial:
             return self._without_streaming(now)
+        error = f"silent for {now - self._due_at + self._patience():.0f} s"
         if self.state == WATCHING and not self._request.heard:  # a server without bookmarks, or not its version
             self._traits.on_silence(again=self._was_silent)
             self._was_silent = True
             self._position.lose()
-        return self.on_failure(f"silent for {now - self._due_at + self._patience():.0f} s", now, state=STALE)
+        return self.on_failure(error, now, state=STALE)
 
     def _list(self, now: float) -> list[Action]:
         return self._get(self._position.list_query(), LISTING, now, initial=False)
@@ -3720,7 +3740,7 @@ class Reply(NamedTuple):
 
     body: JsonObject
     name: str = ""  # of the list, empty where there is none
-    rows: Sequence[JsonObject] = ()
+    rows: Sequence[JsonObject | Run] = ()
 
 
 class Later(NamedTuple):
@@ -3811,8 +3831,7 @@ class Requests:
         limit = _number(request, "limit", 0)
         runs = [row for row in self._knowledge.rows(Run, wanted) if isinstance(row, Run)]
         runs.sort(key=lambda run: (run.created_at or "", run.run_id), reverse=True)
-        rows = [run._asdict() for run in (runs[:limit] if limit else runs)]
-        return Reply({"clusters": [part._asdict() for part in parts]}, "runs", rows)
+        return Reply({"clusters": [part._asdict() for part in parts]}, "runs", runs[:limit] if limit else runs)
 
     def _runs_show(self, request: JsonObject) -> Later:
         wanted = request.get("run")
@@ -3905,7 +3924,8 @@ def reply_pieces(reply: Reply, request: JsonObject) -> Iterator[bytes]:
         return
     yield format_line(head)[:-2] + b"," + json.dumps(reply.name).encode() + b":["
     for start in range(0, len(reply.rows), SNAPSHOT_ROWS):
-        part = b",".join(format_line(row)[:-1] for row in reply.rows[start : start + SNAPSHOT_ROWS])
+        rows = reply.rows[start : start + SNAPSHOT_ROWS]
+        part = b",".join(format_line(row._asdict() if isinstance(row, Run) else row)[:-1] for row in rows)
         yield (b"," if start else b"") + part
     yield b"]}\n"
 
@@ -4807,7 +4827,7 @@ class Reactor:
         self._running = False
         self._sleep_s = math.inf
         self._on_sleep: Callable[[], None] = lambda: None
-        self._pool = concurrent.futures.ThreadPoolExecutor(POOL_THREADS, "pool")
+        self._pools: dict[str, concurrent.futures.ThreadPoolExecutor] = {}
         self._wake_in, self._wake_out = socket.socketpair()
         for end in (self._wake_in, self._wake_out):
             end.setblocking(False)
@@ -4868,15 +4888,22 @@ class Reactor:
         except (KeyError, ValueError):
             return  # never registered, or closed meanwhile
 
-    def run_blocking(self, work: Callable[[], Any], done: Callable[[Any, BaseException | None], None]) -> None:
-        """Do blocking work in the pool; `done` gets its result or exception in the loop."""
+    def run_blocking(
+        self, work: Callable[[], Any], done: Callable[[Any, BaseException | None], None], pool: str = "work"
+    ) -> None:
+        """Do blocking work in one of the pools; `done` gets its result or exception in the loop.
+
+        Each kind of work has a pool of its own: plugins that hang must not keep names from being looked up.
+        """
 
         def finish(future: concurrent.futures.Future[Any]) -> None:
             if not future.cancelled():
                 error = future.exception()
                 self.call_soon(lambda: done(None if error else future.result(), error))
 
-        self._pool.submit(work).add_done_callback(finish)
+        if pool not in self._pools:
+            self._pools[pool] = concurrent.futures.ThreadPoolExecutor(POOL_THREADS, pool)
+        self._pools[pool].submit(work).add_done_callback(finish)
 
     def watch_sleep(self, seconds: float, callback: Callable[[], None]) -> None:
         """Call back when the host, or this process, must have slept longer than that; before anything else then."""
@@ -4885,11 +4912,14 @@ class Reactor:
     def run(self) -> None:
         """Turn until `stop`."""
         self._running = True
+        turned_at, offset_before = self.now(), time.time() - self.now()
         while self._running:
-            timeout, before, offset = self._timeout(), self.now(), time.time() - self.now()
+            timeout = self._timeout()
             ready = self._selector.select(timeout)
-            late_s = self.now() - before - timeout if timeout is not None else 0.0
-            if max(late_s, time.time() - self.now() - offset) > self._sleep_s:
+            now, offset = self.now(), time.time() - self.now()
+            late_s = now - turned_at - timeout if timeout is not None else 0.0
+            turned_at, offset_before, jumped_s = now, offset, offset - offset_before
+            if max(late_s, jumped_s) > self._sleep_s:
                 self._call(self._on_sleep)
             for key, events in ready:
                 if self._selector.get_map().get(key.fd) is key:  # else a callback before it closed or changed it
@@ -4908,7 +4938,8 @@ class Reactor:
 
     def close(self) -> None:
         """Give everything back."""
-        self._pool.shutdown(wait=False)  # a name look-up may take its time; the process ends without it
+        for pool in self._pools.values():
+            pool.shutdown(wait=False)  # a name look-up may take its time; the process ends without it
         self.unregister(self._wake_in)
         self._selector.close()
         self._wake_in.close()
@@ -4968,6 +4999,8 @@ def tls_context(connection: Connection) -> ssl.SSLContext:
         if connection.cert_pem and connection.key_pem:
             _load_client_certificate(context, connection.cert_pem, connection.key_pem)
     except (ssl.SSLError, ValueError, OSError) as error:
+        if "encrypted" in str(error):
+            raise ConfigError("the client key is encrypted", "write it to the kubeconfig without a password") from None
         reason = getattr(error, "reason", None) or "not PEM"
         raise ConfigError(f"the kubeconfig's certificates do not load ({reason})", "renew them") from None
     return context
@@ -5033,11 +5066,11 @@ class Dialer:
                 self._addresses = addresses
                 self._try_next("no address")
 
-        patience = self._timing.connect
+        patience = self._timing.resolve + self._timing.connect
         self._timer = self._reactor.call_later(
             patience, lambda: self._finish(None, f"{first.host}:{first.port} did not answer within {patience:g} s")
         )
-        self._reactor.run_blocking(look_up, done)
+        self._reactor.run_blocking(look_up, done, "names")
 
     def cancel(self) -> None:
         """Give up; nothing is told any more."""
@@ -5231,7 +5264,7 @@ class Stream:
         data, end, error = receive_from(sock)
         if data:
             self._handler.on_data(data)
-        if self._closed:
+        if self._closed or self._paused:  # the end comes again when the handler has taken in what came before it
             return
         if error:
             self._fail(error)
@@ -5415,7 +5448,7 @@ class CacheThread:
             self._connection.execute(f"PRAGMA busy_timeout = {CACHE_BUSY_MS}")
         pinned = _size_of(self._path + "-wal") > WAL_MAX_BYTES
         if pinned and not self._pinned:
-            self.error = f"a reader keeps cache.db open: written every {self._timing.pinned_batch:g} s only"
+            self.error = f"a reader pins the WAL of cache.db: written every {self._timing.pinned_batch:g} s only"
             self._log.warning("%s", self.error)
         elif self._pinned and not pinned:
             self.error = None
@@ -5838,7 +5871,9 @@ class Credentials:
             else:
                 done(result)
 
-        self._reactor.run_blocking(lambda: resolve_connection(spec, self._timing.credentials, self._helpers), finish)
+        self._reactor.run_blocking(
+            lambda: resolve_connection(spec, self._timing.credentials, self._helpers), finish, "credentials"
+        )
 
 
 class Helpers:
@@ -5973,15 +6008,13 @@ def _resolve(path: str, context: str) -> JsonObject:
         raise ConfigError(f"{path}: context {name!r} names user {entry['user']!r}, which is not there", "add it")
     user = found["user"] if found and found.safe_get("user") else None
     _refuse_unsupported(path, cluster.value, user.value if user else {})
-    files = _files_named(path, cluster.value, user.value if user else {})
+    files = [*where, *_files_named(cluster), *(_files_named(user) if user else ())]
     status: JsonObject = {}
     if user is not None and user.safe_get("exec"):
-        status = _run_plugin(user["exec"], path)
+        status = _run_plugin(user["exec"], user.path or path)
         del user.value["exec"]  # else the loader would run it again, and take its failure for no credentials
     configuration = kubernetes.client.Configuration()
-    kube_config.KubeConfigLoader(
-        config_dict=merged, active_context=name, config_base_path=os.path.dirname(os.path.abspath(present[0]))
-    ).load_and_set(configuration)
+    kube_config.KubeConfigLoader(config_dict=merged, active_context=name).load_and_set(configuration)
     return {**_connection_json(configuration, cluster.value, status), "files": files}
 
 
@@ -6046,7 +6079,7 @@ def _connection_json(configuration: Any, cluster: JsonObject, status: JsonObject
         "tls_server_name": cluster.get("tls-server-name"),
         "cert_pem": status.get("clientCertificateData") or text_of(configuration.cert_file),
         "key_pem": status.get("clientKeyData") or text_of(configuration.key_file),
-        "token": status.get("token") or bearer.partition(" ")[2] or None,
+        "token": str(status.get("token") or bearer.partition(" ")[2]).strip() or None,
         "expires_at": epoch_of(status.get("expirationTimestamp")),
         "proxy_url": cluster.get("proxy-url") or _proxy_of_environment(configuration.host),
     }
@@ -6065,13 +6098,11 @@ def _proxy_of_environment(server: str) -> str | None:
     return None if endpoint.host == "localhost" else proxy if "://" in proxy else f"http://{proxy}"
 
 
-def _files_named(path: str, cluster: JsonObject, user: JsonObject) -> list[str]:
-    """Return the files that a connection is read from, the kubeconfig itself first."""
-    paths = path.split(os.pathsep)
-    folder = os.path.dirname(os.path.abspath(paths[0]))
-    entries = (cluster.get("certificate-authority"), *(user.get(f"client-{part}") for part in ("certificate", "key")))
-    names = [name for name in (*entries, user.get("tokenFile")) if isinstance(name, str)]
-    return [*paths, *(os.path.join(folder, name) for name in names)]
+def _files_named(node: Any) -> list[str]:
+    """Return the files that a cluster or user of a kubeconfig names, relative to the file it stands in."""
+    keys = ("certificate-authority", "client-certificate", "client-key", "tokenFile")
+    folder = os.path.dirname(os.path.abspath(node.path or "."))
+    return [os.path.join(folder, node.value[key]) for key in keys if isinstance(node.value.get(key), str)]
 
 
 def _resolve_in_cluster() -> JsonObject:
@@ -6098,6 +6129,9 @@ class WatchOwner(Protocol):
 
     def connect(self, handler: StreamHandler) -> tuple[Stream, HttpClientCodec, str]:
         """Return a new connection to the API server, and the path that leads every target."""
+
+    def headers(self) -> dict[str, str]:
+        """Return what a request says of us, with the credentials of this moment."""
 
     def on_head(self, head: ResponseHead) -> None:
         """Take in the head of any response."""
@@ -6339,7 +6373,8 @@ class Watcher(ClientHandler):
         return not self.once
 
     def _tell(self, told: Told) -> None:
-        before, self.told = self.told, told
+        before, self.told = self.told, told.after(self.told.error) if not self.is_following else told
+        told = self.told
         if told.state == WATCHING:
             self.is_following = True
         elif told.error:
@@ -6354,7 +6389,8 @@ class Watcher(ClientHandler):
             self._items = {}
         if self._stream is None or self._codec is None:
             self._stream, self._codec, self._base = self._owner.connect(self)
-        self._stream.send(self._codec.send_get(self._base + get.target, compressed=not get.watch))
+        target, headers = self._base + get.target, self._owner.headers()
+        self._stream.send(self._codec.send_get(target, headers, compressed=not get.watch))
 
     def _hang_up(self) -> None:
         if self._stream is not None:
@@ -6372,10 +6408,7 @@ class Watcher(ClientHandler):
     def _on_timer(self) -> None:
         self._timer = None
         now = self._reactor.now()
-        if now >= self._machine.deadline:
-            self._do(self._machine.due(now))
-        else:
-            self._arm()
+        self._do(self._machine.due(now) if now >= self._machine.deadline else [])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -6391,7 +6424,7 @@ class Probe(ClientHandler):
         self._head: ResponseHead | None = None
         self._body = b""
         self._stream, self._codec, base = owner.connect(self)
-        self._stream.send(self._codec.send_get(base + target, compressed=False))
+        self._stream.send(self._codec.send_get(base + target, owner.headers(), compressed=False))
 
     def cancel(self) -> None:
         """Give up; nothing is told any more."""
@@ -6423,6 +6456,7 @@ class ClusterState:
 
     def __init__(self) -> None:
         self.error: FabrikError | None = None  # why there is no connection to try at all
+        self.renewal_error: str | None = None  # why the credentials cannot be resolved anew
         self.watchers: list[Watcher] = []
 
     @property
@@ -6455,6 +6489,8 @@ class ClusterState:
         """What is wrong, in words that a person can act on; None where nothing is."""
         if self.error is not None:
             return str(self.error)
+        if self.renewal_error is not None:
+            return self.renewal_error
         return next((watcher.told.error for watcher in self.watchers if watcher.told.error), None)
 
 
@@ -6517,11 +6553,6 @@ class Cluster(ClusterState):
                 watcher.recycle(reason)
 
     @property
-    def rank(self) -> tuple[bool, int, str]:
-        """Which of two names for one cluster it goes by, the lower."""
-        return self.spec.is_discovered, self.spec.priority, self.spec.name
-
-    @property
     def identity(self) -> tuple[str, ...] | None:
         """What tells one cluster from another: kube-system's uid, else the server and its CA; None before either."""
         if self.uid is not None:
@@ -6548,15 +6579,19 @@ class Cluster(ClusterState):
 
     def connect(self, handler: StreamHandler) -> tuple[Stream, HttpClientCodec, str]:
         """Return a new connection to the API server, and the path that leads every target."""
-        connection, route = self._connection, self._route
-        if connection is None or route is None:
+        route = self._route
+        if route is None:
             raise UnreachableError(f"{self.spec.name}: its credentials are not resolved")
-        headers = {"User-Agent": f"fabrik-daemon/{__version__}", "Accept": "application/json"}
-        if connection.token:
-            headers["Authorization"] = f"Bearer {connection.token}"
         stream = Stream(self._reactor, handler)
         stream.connect(route, self._timing)
-        return stream, HttpClientCodec(route.endpoint.authority, headers), route.endpoint.base
+        return stream, HttpClientCodec(route.endpoint.authority), route.endpoint.base
+
+    def headers(self) -> dict[str, str]:
+        """Return what a request says of us, with the credentials of this moment."""
+        headers = {"User-Agent": f"fabrik-daemon/{__version__}", "Accept": "application/json"}
+        if self._connection is not None and self._connection.token:
+            headers["Authorization"] = f"Bearer {self._connection.token}"
+        return headers
 
     def on_head(self, head: ResponseHead) -> None:
         """Measure the server's clock; its Date has whole seconds."""
@@ -6584,7 +6619,7 @@ class Cluster(ClusterState):
                 self._on_unresolved(ConfigError(f"{self.spec.kubeconfig}: {error.message}", error.hint))
                 return
             before, self._connection, self._route = self._connection, result, route
-            self.server, self.error, self._files = result.server, None, result.files
+            self.server, self.error, self.renewal_error, self._files = result.server, None, None, result.files
             self._after("renew", result.renew_in(time.time(), self._timing), self.renew)
             self._go_on(before, result)
         else:
@@ -6595,7 +6630,8 @@ class Cluster(ClusterState):
             self._after("identity", self._timing.identity, self._begin)
             self._ask_identity()
         elif before is not None and before.identity != now.identity:
-            self.recycle("the kubeconfig has changed")
+            for watcher in self.watchers:
+                watcher.relist("the kubeconfig has changed")
         else:
             for watcher in self.watchers:
                 if watcher.told.state == UNAUTHORISED:
@@ -6603,7 +6639,9 @@ class Cluster(ClusterState):
         self._sink.on_cluster_state(self.spec.name)
 
     def _on_unresolved(self, error: FabrikError) -> None:
-        self.error = error if not self._begun or self._connection is None else None
+        if not self._begun:
+            self.error = error
+        self.renewal_error = str(error)
         self._files = self._files or file_times([self.spec.kubeconfig])
         self._after("renew", self._timing.backoff_max, self.renew)
         self._sink.on_cluster_state(self.spec.name)
@@ -6616,11 +6654,19 @@ class Cluster(ClusterState):
 
     def _ask_identity(self) -> None:
         if self._probe is None and not self._stopped:
+            self._after("probe", self._timing.answer, self._forget_probe)
             self._probe = Probe(self, "/api/v1/namespaces/kube-system", self._on_identity)
+
+    def _forget_probe(self) -> None:
+        """Let the question be asked again: a server that never answered it may do so later."""
+        if self._probe is not None:
+            self._probe.cancel()
+            self._probe = None
 
     def _on_identity(self, head: ResponseHead | None, body: bytes, _error: str) -> None:
         """Take in kube-system; a server that does not tell its uid is known by its address and CA."""
         self._probe = None
+        self._after("probe", None, self._forget_probe)
         said = parse_json_object(body.decode("utf-8", "replace")) if head and head.status == 200 else None
         uid = text_at(said, "metadata", "uid") if said else None
         if head is not None:
@@ -7273,7 +7319,7 @@ class Follower:
         cluster = self.clusters[name]
         for other in self.clusters.values():
             if other is not cluster and not isinstance(other.error, TwinError) and other.identity == cluster.identity:
-                first, twin = sorted((cluster, other), key=lambda each: each.rank)
+                first, twin = sorted((cluster, other), key=lambda each: each.spec.rank)
                 error = TwinError(f"the same cluster as {first.spec.name}", "remove one of the two")
                 twin.stop(error)
                 self._log.warning("%s: %s", twin.spec.name, error)
@@ -7484,7 +7530,9 @@ class Daemon:
         removed = [name for name in self._specs if name not in specs]
         added = [name for name in specs if name not in self._specs]
         for name in (*removed, *changed):
-            self._follower.clusters.pop(name).stop()
+            cluster = self._follower.clusters.pop(name)
+            cluster.stop()
+            self._resumption.uids.update({name: cluster.uid} if cluster.uid else {})
             self._follower.forget_cluster(name)
         self._specs = specs
         self.store.set_priorities({spec.name: spec.priority for spec in specs.values()})
@@ -7657,7 +7705,7 @@ class Client:
                 if message.get("type") == "error":
                     raise RemoteError(message)
                 yield message
-        except TimeoutError:
+        except socket.timeout:  # noqa: UP041 - in 3.9 it is another one than TimeoutError
             raise NotRunningError("the daemon does not answer", "see its logs, or 'fabrik-daemon restart'") from None
         except (OSError, ValueError):
             pass

@@ -17,8 +17,8 @@ COMPRESSED = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r
 
 
 def codec() -> HttpClientCodec:
-    made = HttpClientCodec("k3s.example:6443", {"Authorization": "Bearer t"})
-    made.send_get("/", compressed=False)
+    made = HttpClientCodec("k3s.example:6443")
+    made.send_get("/", {}, compressed=False)
     return made
 
 
@@ -36,27 +36,29 @@ def split(data: bytes, cuts: list[int]) -> list[bytes]:
 
 
 def test_a_request_is_a_get_and_says_where_to() -> None:
-    made = HttpClientCodec("k3s.example:6443", {"Authorization": "Bearer t", "Accept": "application/json"})
-    sent = made.send_get("/api/v1/pods?limit=500", compressed=True)
+    made = HttpClientCodec("k3s.example:6443")
+    sent = made.send_get(
+        "/api/v1/pods?limit=500", {"Authorization": "Bearer t", "Accept": "application/json"}, compressed=True
+    )
     assert sent.startswith(b"GET /api/v1/pods?limit=500 HTTP/1.1\r\nHost: k3s.example:6443\r\n")
     assert b"\r\nAuthorization: Bearer t\r\n" in sent
     assert b"\r\nAccept-Encoding: gzip\r\n" in sent
     assert sent.endswith(b"\r\n\r\n")
-    assert b"Accept-Encoding" not in HttpClientCodec("a", {}).send_get("/", compressed=False)
+    assert b"Accept-Encoding" not in HttpClientCodec("a").send_get("/", {}, compressed=False)
 
 
 @pytest.mark.parametrize("target", ["/a b", "/a\r\nX: y", "/\x00"])
 def test_a_target_that_would_break_out_of_its_line_is_not_sent(target: str) -> None:
     with pytest.raises(ProtocolError):
-        HttpClientCodec("a", {}).send_get(target, compressed=False)
+        HttpClientCodec("a").send_get(target, {}, compressed=False)
 
 
 def test_a_second_request_waits_for_the_first_s_end() -> None:
     made = codec()
     with pytest.raises(ProtocolError):
-        made.send_get("/", compressed=False)
+        made.send_get("/", {}, compressed=False)
     read(made, CHUNKED)
-    assert made.send_get("/next", compressed=False).startswith(b"GET /next ")
+    assert made.send_get("/next", {}, compressed=False).startswith(b"GET /next ")
     assert read(made, PLAIN)[1] == b"hello\nworld"
 
 
@@ -108,7 +110,7 @@ def test_a_server_that_closes_is_not_asked_again() -> None:
     closing = PLAIN.replace(b"Content-Type", b"Connection: close\r\nContent-Type")
     assert read(made, closing)[2] == [ResponseEnd(reusable=False)]
     with pytest.raises(ProtocolError):
-        made.send_get("/", compressed=False)
+        made.send_get("/", {}, compressed=False)
 
 
 def test_header_names_are_in_lower_case() -> None:
@@ -152,7 +154,7 @@ def test_damaged_compression_is_an_error() -> None:
 def test_the_next_response_may_be_uncompressed() -> None:
     made = codec()
     read(made, COMPRESSED)
-    made.send_get("/", compressed=True)
+    made.send_get("/", {}, compressed=True)
     assert read(made, PLAIN)[1] == b"hello\nworld"
 
 
