@@ -6014,7 +6014,9 @@ def _resolve(path: str, context: str) -> JsonObject:
         status = _run_plugin(user["exec"], user.path or path)
         del user.value["exec"]  # else the loader would run it again, and take its failure for no credentials
     configuration = kubernetes.client.Configuration()
-    kube_config.KubeConfigLoader(config_dict=merged, active_context=name).load_and_set(configuration)
+    kube_config.KubeConfigLoader(config_dict=merged, active_context=name, config_base_path=None).load_and_set(
+        configuration
+    )
     return {**_connection_json(configuration, cluster.value, status), "files": files}
 
 
@@ -7705,7 +7707,7 @@ class Client:
                 if message.get("type") == "error":
                     raise RemoteError(message)
                 yield message
-        except socket.timeout:  # noqa: UP041 - in 3.9 it is another one than TimeoutError
+        except socket.timeout:
             raise NotRunningError("the daemon does not answer", "see its logs, or 'fabrik-daemon restart'") from None
         except (OSError, ValueError):
             pass

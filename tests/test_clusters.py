@@ -497,10 +497,8 @@ def test_users_that_cannot_be_are_refused_with_a_reason_and_hurt_no_other(
     daemon.launch()
     daemon.wait_connected("good")
     assert "basic authentication left Kubernetes" in daemon.wait_words("basic authentication", "basic")
-    said = daemon.wait_words("certificates do not load", "encrypted")
-    assert "encrypted" in said.partition("certificates")[2], (
-        "says that it needs a password, rather than a library's word"
-    )
+    said = daemon.wait_words("the client key is encrypted", "encrypted")
+    assert "without a password" in said, "what to do, rather than a library's word"
     daemon.wait_words("certificates do not load", "not-pem")
     daemon.wait_words("nowhere", "no-file")
     wait_until(lambda: daemon.cluster("no-key")["error"], PATIENCE_S, "a certificate without its key is no login")
