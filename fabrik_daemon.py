@@ -1145,6 +1145,8 @@ def connection_from(resolved: JsonObject) -> Connection:
     known = {name: resolved[name] for name in Connection._fields if name in resolved and name != "files"}
     if not all(" " < char < "\x7f" for char in known.get("token") or "x"):
         raise ConfigError("the token has characters that no header can hold", "write it anew, without line breaks")
+    if bool(known.get("cert_pem")) != bool(known.get("key_pem")):
+        raise ConfigError("a client certificate and its key go together", "add what is missing to the kubeconfig")
     return Connection(**known)
 
 
@@ -6660,10 +6662,11 @@ class Cluster(ClusterState):
             self._probe = Probe(self, "/api/v1/namespaces/kube-system", self._on_identity)
 
     def _forget_probe(self) -> None:
-        """Let the question be asked again: a server that never answered it may do so later."""
+        """Ask again: a server that did not answer may do so later."""
         if self._probe is not None:
             self._probe.cancel()
             self._probe = None
+            self._ask_identity()
 
     def _on_identity(self, head: ResponseHead | None, body: bytes, _error: str) -> None:
         """Take in kube-system; a server that does not tell its uid is known by its address and CA."""

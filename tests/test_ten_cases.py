@@ -574,22 +574,6 @@ def test_plugins_that_hang_in_many_clusters_do_not_hold_up_another(
     assert time.monotonic() - asked_at < 8
 
 
-def test_a_plugin_that_prints_without_end_takes_no_memory_without_end(
-    authority: Authority, serve: Serve, make: Make, tmp_path: Path
-) -> None:
-    bad = Model(authority, token=TOKEN)
-    serve(bad)
-    folder = tmp_path / "plugins"
-    daemon = make(with_plugin(bad, folder, "endless", PLUGINS["endless"]), credentials="3s", backoffMax="60s")
-    daemon.spawn()
-    most = 0
-    ends_at = time.monotonic() + 4
-    while time.monotonic() < ends_at and most < 700 * MIB:
-        most = max([most, *(memory_of(pid) for pid in children_of(daemon.pid))])
-        time.sleep(0.05)
-    assert most < 700 * MIB
-
-
 def children_of(pid: int) -> list[int]:
     """Return the processes that descend from one."""
     found = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
