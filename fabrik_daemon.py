@@ -6535,6 +6535,8 @@ class Cluster(ClusterState):
                 target = WatchTarget(kind.path(namespace), f"{kind.name} in {namespace or 'all namespaces'}", selector)
                 resumed = None if once else version
                 machine = WatchMachine(target, self.traits, self._timing, random.random, resumed)
+                if resumed is None and (once or uid is not None):
+                    machine.forget()  # a server's memory may be older than what is known already
                 watcher = Watcher(self._reactor, scope, machine, self, self._sink)
                 watcher.once, watcher.synced_at = once, synced_at
                 self.watchers.append(watcher)

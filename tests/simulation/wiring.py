@@ -1,0 +1,415 @@
+"""The real daemon on the simulated world: what is put in place of its names for time, chance, sockets and threads."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import sqlite3
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any, Callable, Final, NoReturn
+
+import fabrik_daemon
+from simulation.world import Crash, SimReactor, SimStream, Violation, World
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+JsonObject = dict[str, Any]
+COMMIT_DELAY_S: Final = 0.4  # the writer's thread is this late at most
+
+
+class _Later(BaseException):
+    """What the simulated `sleep` raises out of the writer's thread."""
+
+
+class SimTime:
+    """Stands in for the module `time`."""
+
+    gmtime = staticmethod(time.gmtime)
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.is_slow = False  # decoding takes long, so that callbacks give way
+
+    def time(self) -> float:
+        return self._world.wall()
+
+    def monotonic(self) -> float:
+        if self.is_slow:
+            self._world.now += 0.003
+        return self._world.now
+
+    @staticmethod
+    def sleep(_seconds: float) -> NoReturn:
+        raise _Later
+
+
+class SimLog:
+    """Stands in for the daemon's log: what must never be logged ends the simulation."""
+
+    _NEVER: Final = ("left out", "defect", "damaged", "cannot be read")
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def log(self, _level: int, message: str, *values: object) -> None:
+        if any(words in message for words in self._NEVER):
+            raise Violation(f"logged: {message % values}")
+        if self._world.say is not None:
+            self._world.note(f"  log: {message % values}")
+
+    def info(self, message: str, *values: object) -> None:
+        self.log(20, message, *values)
+
+    warning = error = exception = debug = info
+
+    def getChild(self, _name: str) -> SimLog:  # noqa: N802 - logging's own name
+        return self
+
+
+class CrashingConnection(sqlite3.Connection):
+    """The cache's database in memory, which a crash or a full disk may strike at any statement."""
+
+    crash_in: int | None = None  # statements
+    is_full = False
+    commits = 0
+
+    def execute(self, sql: str, values: Any = (), /) -> sqlite3.Cursor:
+        if self.crash_in is not None:
+            self.crash_in -= 1
+            if self.crash_in < 0:
+                self.crash_in = None
+                raise Crash("inside a commit")
+        if self.is_full and sql.startswith("INSERT"):
+            raise sqlite3.OperationalError("database or disk is full")
+        return super().execute(sql, values)
+
+
+class SimCache(fabrik_daemon.CacheThread):
+    """The real writer without its thread: batches are written at simulated moments."""
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        self.simulation: Simulated
+        self._units: deque[list[fabrik_daemon.Statement]] = deque()
+        self._retried: list[list[fabrik_daemon.Statement]] = []
+        self._due = False
+        self.crashes_after_commit = False
+        self.is_dead = False
+
+    def attach(self, simulated: Simulated) -> None:
+        self.simulation = simulated
+
+    def start(self) -> None:
+        self._schedule()
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._units and not self._retried
+
+    def put(self, unit: list[fabrik_daemon.Statement]) -> None:
+        if unit and not self.is_dead:
+            self._units.append(unit)
+            self._schedule()
+
+    def close(self, timeout: float) -> bool:
+        self._stopping = True
+        while not self.is_dead and not self.is_idle:
+            self._turn()
+        return timeout > 0
+
+    def _schedule(self, delay: float | None = None) -> None:
+        if (not self._due and self._units) or delay is not None:
+            self._due = True
+            world = self.simulation.world
+            wait = world.chance.uniform(0.0, COMMIT_DELAY_S) if delay is None else delay
+            world.at(world.now + wait, self._flush, self.simulation.reactor)
+
+    def _flush(self) -> None:
+        self._due = False
+        try:
+            self._turn()
+        except _Later:
+            self._schedule(self._timing.cache_retry)
+            return
+        self._schedule()
+
+    def _turn(self) -> None:
+        """Write one batch, cut as the real thread cuts it."""
+        units, self._retried = self._retried, []
+        while not units or (self._units and sum(map(len, units)) < fabrik_daemon.BATCH_OPERATIONS):
+            if not self._units:
+                break
+            units.append(self._units.popleft())
+        if not units:
+            return
+        try:
+            self._write(units)
+        except _Later:
+            self._retried = units
+            raise
+        except Crash:
+            self.is_dead = True
+            raise
+        if self.crashes_after_commit:
+            self.is_dead = True
+            raise Crash("after a commit")
+
+
+class SimCredentials:
+    """Stands in for Credentials: hands out what the server takes at present, late, or fails."""
+
+    def __init__(self, simulated: Simulated, reactor: SimReactor) -> None:
+        self._simulated = simulated
+        self._world = simulated.world
+        self._reactor = reactor
+
+    def close(self) -> None:
+        pass
+
+    def resolve(
+        self,
+        spec: fabrik_daemon.ClusterSpec,
+        done: Callable[[fabrik_daemon.Connection | fabrik_daemon.FabrikError], None],
+    ) -> None:
+        def finish() -> None:
+            if self._simulated.plugin != "works":
+                done(fabrik_daemon.ConfigError(f"{spec.kubeconfig}: its plugin failed"))
+                return
+            host = f"{spec.name}.sim"
+            server = self._world.hosts[host].server
+            files = fabrik_daemon.file_times([spec.kubeconfig])
+            done(fabrik_daemon.Connection(f"http://{host}:6443", token=server.token, files=files))
+
+        delay = 30.0 if self._simulated.plugin == "hangs" else self._world.chance.uniform(0.05, 0.6)
+        self._world.at(self._world.now + delay, finish, self._reactor)
+
+
+class SimServer:
+    """Stands in for the daemon's socket server: simulated subscribers read what they are told."""
+
+    def __init__(self, reactor: SimReactor, _requests: object, _unsubscribe: object) -> None:
+        self._reactor = reactor
+        self.readers: dict[fabrik_daemon.Subscription, Reader] = {}
+
+    def open(self, _path: str) -> None:
+        pass
+
+    keep = close = lambda self: None
+
+    def wake(self, subscriptions: Iterable[fabrik_daemon.Subscription]) -> None:
+        world = self._reactor.world
+        for subscription in subscriptions:
+            reader = self.readers.get(subscription)
+            if reader is not None and not reader.is_due:
+                reader.is_due = True
+                world.at(world.now + world.chance.uniform(0, reader.delay), reader.read, self._reactor)
+
+
+class Reader:
+    """A subscriber that knows the rows at first and keeps them up by what it is told."""
+
+    def __init__(
+        self, daemon: fabrik_daemon.Daemon, wanted: fabrik_daemon.Filter, delay: float, simulated: Simulated
+    ) -> None:
+        self.wanted = wanted
+        self.delay = delay
+        self.is_due = False
+        self.lagged = 0
+        self._simulated = simulated
+        knowledge = fabrik_daemon.DaemonKnowledge(daemon)
+        self.subscription = knowledge.subscribe(wanted, 0, {})
+        self.rows: dict[tuple[object, ...], JsonObject] = {}
+        for table, kind in fabrik_daemon.TABLES.items():
+            self._take_rows(table, (row._asdict() for row in knowledge.rows(kind, wanted)))
+
+    def read(self) -> None:
+        self.is_due = False
+        line = self.subscription.take()
+        while line is not None:
+            self._take(json.loads(line))
+            line = self.subscription.take()
+
+    def _take(self, told: JsonObject) -> None:
+        kind = told["type"]
+        if kind == "lagged":
+            self.lagged += 1
+            self.rows.clear()
+        elif kind == "snapshot":
+            for table in fabrik_daemon.TABLES:
+                self._take_rows(table, told[table])
+        elif kind not in ("subscribed", "seq") and not kind.startswith("cluster:"):
+            self._apply(kind, told)
+        if kind not in ("subscribed", "seq", "snapshot", "lagged"):
+            self._simulated.on_told(self, told["seq"])
+
+    def _apply(self, kind: str, told: JsonObject) -> None:
+        table = {"run": "runs", "schedule": "schedules", "volume": "volumes", "warning": "cluster_events"}
+        row, name = told["row"], table[kind.partition(":")[0]]
+        if name == "runs":
+            self._simulated.on_run(self.rows.get(_key(name, row)), row)
+        if told.get("left") or kind.endswith(":removed"):
+            self.rows.pop(_key(name, row), None)
+        else:
+            self._take_rows(name, [row])
+
+    @staticmethod
+    def key(row: fabrik_daemon.TableRow) -> tuple[object, ...]:
+        table = next(name for name, kind in fabrik_daemon.TABLES.items() if kind is type(row))
+        return _key(table, row._asdict())
+
+    def _take_rows(self, table: str, rows: Iterable[JsonObject]) -> None:
+        for row in rows:
+            if table != "volumes" or not row["deleted_at"]:  # one that was deleted is told as removed
+                self.rows[_key(table, row)] = row
+
+
+def _key(table: str, row: JsonObject) -> tuple[object, ...]:
+    return (table, row["run_id"]) if table == "runs" else (table, row["cluster"], row["namespace"], row["name"])
+
+
+class Simulated:
+    """One daemon after the other over one database, each until it is stopped or crashes."""
+
+    def __init__(
+        self, world: World, specs: Sequence[fabrik_daemon.ClusterSpec], timing: fabrik_daemon.Timing, page: int
+    ) -> None:
+        self.world = world
+        self.specs = list(specs)
+        self.page = page
+        self.watched = {spec.name: spec.namespaces for spec in specs}
+        self.queue_lines = 10_000
+        self.batch = 100
+        self.settings = fabrik_daemon.Settings("", "/sim/clusters.yaml", "/sim/cache.db", None, timing=timing)
+        self.connection = sqlite3.connect(":memory:", isolation_level=None, factory=CrashingConnection)
+        fabrik_daemon._migrate(self.connection, "the simulated cache")
+        self.connection.execute("INSERT INTO meta (key, value) VALUES ('stream', 'simulated')")
+        self.clock = SimTime(world)
+        self.log = SimLog(world)
+        self.files: dict[str, float] = {}
+        self.plugin = "works"  # or fails, or hangs
+        self.reactor = SimReactor(world)
+        self.daemon: Any = None  # while one runs
+        self.readers: list[Reader] = []
+        self.reader_delays = (0.3, 0.3)
+        self.last_seq = 0  # ever told
+        self.connected_since: dict[str, float] = {}
+        self.starts = 0
+
+    def run(self) -> tuple[Any, str]:
+        """Let one daemon run; return its store and how it ended."""
+        self.reactor = SimReactor(self.world)
+        self.connected_since.clear()
+        self.starts += 1
+        self.world.note("the daemon starts")
+        daemon = None
+        try:
+            daemon = self.daemon = fabrik_daemon.Daemon(self.settings, lambda: self.specs, None)  # type: ignore[arg-type]
+            daemon.run(self._on_ready)
+        except Crash as crash:
+            self.world.note(f"the daemon crashes {crash}")
+            return daemon and daemon.store, "crash"
+        except fabrik_daemon.FabrikError as error:  # no cluster or no disk at the start: whoever runs it tries again
+            self.world.note(f"the daemon gives up: {error}")
+            return daemon and daemon.store, "stop"
+        else:
+            return daemon.store, "crash" if self.connection.is_full else "stop"
+        finally:
+            self.connection.crash_in = None
+            self.reactor.close()
+            self.readers, self.daemon = [], None
+            self.connected_since.clear()
+
+    def crash(self, how: str = "now") -> NoReturn:
+        """Kill the daemon; to be called from an event of the world."""
+        if self.daemon is not None:
+            self.daemon.cache.is_dead = True
+        raise Crash(how)
+
+    def _on_ready(self) -> None:
+        some = fabrik_daemon.Filter(statuses=frozenset(("running", "blocked", "unknown")))
+        for wanted, delay in zip((fabrik_daemon.Filter(), some), self.reader_delays):
+            reader = Reader(self.daemon, wanted, delay, self)
+            self.daemon._server.readers[reader.subscription] = reader
+            self.readers.append(reader)
+        self._told = dict.fromkeys(self.readers, self.last_seq)
+
+    def on_told(self, reader: Reader, seq: int) -> None:
+        if seq <= self._told[reader]:
+            raise Violation(f"seq {seq} was told after {self._told[reader]}")
+        self._told[reader] = seq
+        self.last_seq = max(self.last_seq, seq)
+
+    def on_run(self, before: JsonObject | None, row: JsonObject) -> None:
+        """What a Pod told last is never taken back, as long as its server's store keeps what it has."""
+        same = before is not None and all(before[name] == row[name] for name in ("job_uid", "pod_name"))
+        if before is not None and same and not self.world.hosts[f"{row['cluster']}.sim"].server.epochs:
+            for name in ("heartbeat_at", "progress_finished"):
+                if before[name] is not None and (row[name] is None or row[name] < before[name]):
+                    raise Violation(f"told again: {name} {row[name]} after {before[name]} of {row}")
+
+    def on_cluster_written(self, cluster: fabrik_daemon.Cluster) -> None:
+        name = cluster.spec.name
+        if not cluster.is_connected:
+            self.connected_since.pop(name, None)
+        else:
+            self.connected_since.setdefault(name, self.world.now)
+
+    @contextlib.contextmanager
+    def patched(self) -> Iterator[None]:
+        """Put the simulation in place of the daemon's names."""
+        write_cluster = fabrik_daemon.Follower.write_cluster
+
+        def written(follower: fabrik_daemon.Follower, cluster: fabrik_daemon.Cluster) -> None:
+            self.on_cluster_written(cluster)
+            write_cluster(follower, cluster)
+
+        def cache(*parts: Any) -> SimCache:
+            made = SimCache(*parts)
+            made.attach(self)
+            return made
+
+        replaced: list[tuple[object, str, object]] = [
+            (fabrik_daemon, "time", self.clock),
+            (fabrik_daemon, "random", random.Random(self.world.seed + 1)),
+            (fabrik_daemon, "Reactor", lambda _log: self.reactor),
+            (fabrik_daemon, "Stream", SimStream),
+            (fabrik_daemon, "Server", SimServer),
+            (fabrik_daemon, "CacheThread", cache),
+            (fabrik_daemon, "Credentials", lambda reactor, _timing: SimCredentials(self, reactor)),
+            (fabrik_daemon, "SingleInstance", lambda _cache: _Lock()),
+            (fabrik_daemon, "open_cache", lambda _path, _log: self.connection),
+            (fabrik_daemon, "prepare_cache_folder", lambda _cache: None),
+            (fabrik_daemon, "make_log", lambda _level, _errors, _ring: self.log),
+            (fabrik_daemon, "choose_socket", lambda _settings: "/sim/socket"),
+            (fabrik_daemon, "raise_descriptor_limit", lambda: None),
+            (fabrik_daemon, "file_times", lambda paths: tuple((path, self.files.get(path, 0.0)) for path in paths)),
+            (fabrik_daemon, "LIST_PAGE_ITEMS", self.page),
+            (fabrik_daemon, "SUBSCRIBER_QUEUE_LINES", self.queue_lines),
+            (fabrik_daemon, "SNAPSHOT_ROWS", 7),
+            (fabrik_daemon, "BATCH_OPERATIONS", self.batch),
+            (fabrik_daemon.Daemon, "_take_signals", lambda _daemon: None),
+            (fabrik_daemon.Follower, "write_cluster", written),
+        ]
+        with replacing(replaced):
+            yield
+
+
+class _Lock:
+    acquire = release = lambda self: None
+
+
+@contextlib.contextmanager
+def replacing(replaced: Iterable[tuple[object, str, object]]) -> Iterator[None]:
+    """Set attributes, and set them back at the end."""
+    before = []
+    try:
+        for owner, name, value in replaced:
+            before.append((owner, name, owner.__dict__[name]))
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in reversed(before):
+            setattr(owner, name, value)
