@@ -1348,6 +1348,7 @@ class PodFacts(NamedTuple):
     deleting: bool = False
     gone: str | None = None
     gone_at: str | None = None
+    scheduled: bool = False  # its Job is, and nothing carries a run id
 
 
 class CronJobFacts(NamedTuple):
@@ -1501,6 +1502,7 @@ def _pod_facts(item: JsonObject, metadata: JsonObject, namespace: str, name: str
         started_at=time_text(status.get("startTime")),
         ended_at=latest(*(time_text(state.get("finishedAt")) for state in _states(status, "terminated"))),
         deleting="deletionTimestamp" in metadata,
+        scheduled=label_id is None,
     )
 
 
@@ -2147,16 +2149,16 @@ class RunBook:
                 del self._owners[entry.run_id]
                 entry.run_id = None
             return []
-        is_new = entry.run_id is None
+        is_new, took_over = entry.run_id is None, False
         if entry.run_id is None:
-            self._give_way(draft, place)
-            entry.run_id = self._key_for(place, bool(job and job.scheduled))
+            took_over = self._give_way(draft, place)
+            entry.run_id = self._key_for(place, any(facts.scheduled for facts in (job, *entry.pods.values()) if facts))
             self._owners[entry.run_id] = place
             if self._unsettled is not None:
                 self._unsettled.add(entry.run_id)
         pod = current_pod(entry.pods.values(), job)
         self._tables.set(draft, self._row(place, entry.run_id, job, pod, draft.now))
-        if is_new and entry.run_id != place.id:
+        if is_new and (took_over or entry.run_id != place.id):
             self._rename_followers(draft, place, entry.run_id)
         self._tell_malformed(draft, entry, pod, job)
         return [other for other in entry.pods.values() if other.gone and other is not pod]
@@ -2184,12 +2186,13 @@ class RunBook:
         """Keep keys where they are from now on: every cluster was listed, or cannot be at present."""
         self._unsettled = None
 
-    def _give_way(self, draft: Draft, place: Place) -> None:
-        """Take the plain id from a place that had it only because its list came first."""
+    def _give_way(self, draft: Draft, place: Place) -> bool:
+        """Take the plain id from a place that had it only because its list came first; say whether that was so."""
         holder = self._owners.get(place.id)
         if holder is None or self._unsettled is None or place.id not in self._unsettled:
-            return
-        if self._rank(place) < self._rank(holder):
+            return False
+        gives_way = self._rank(place) < self._rank(holder)
+        if gives_way:
             entry = self._entries[holder]
             self._tables.drop(draft, Run, (place.id,))
             entry.run_id = f"{holder.id}@{holder.cluster}/{holder.namespace}"
@@ -2197,6 +2200,7 @@ class RunBook:
             self._rename_followers(draft, holder, entry.run_id)
             del self._owners[place.id]
             draft.places[holder] = None
+        return gives_way
 
     def _rank(self, place: Place) -> tuple[int, str, str]:
         return self.priorities.get(place.cluster, 0), place.cluster, place.namespace
@@ -2232,8 +2236,9 @@ class RunBook:
 
     def _rename_followers(self, draft: Draft, place: Place, run_id: str) -> None:
         """Give volumes and warnings that came before their run the key it got."""
+        keys = place.id, f"{place.id}@{place.cluster}/{place.namespace}"  # by what was known then
         for row in [*self._tables.rows(Volume), *self._tables.rows(ClusterEvent)]:
-            if isinstance(row, (Volume, ClusterEvent)) and (row.cluster, row.namespace, row.run_id) == place:
+            if isinstance(row, (Volume, ClusterEvent)) and row[:2] == place[:2] and row.run_id in keys:
                 self._tables.set(draft, row._replace(run_id=run_id))
 
     @staticmethod

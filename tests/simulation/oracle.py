@@ -248,7 +248,7 @@ class Judge:
         told = "\n  ".join(str(version.truth) for states in self._jobs.get(place, ()) for version in states)
         raise Violation(f"{'/'.join(place)}: {'; '.join(problems) or 'nothing such ever was'}\n {row}\n  {told}")
 
-    def _problem(self, states: list[Version], row: fabrik_daemon.Run | None) -> str | None:
+    def _problem(self, states: list[Version], row: fabrik_daemon.Run | None) -> str | None:  # noqa: PLR0911 - one return a kind
         live = self._is_live(states[-1])
         job: JobTruth = self._server.objects[states[-1].key].truth if live else states[-1].truth
         if row is None:
