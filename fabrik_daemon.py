@@ -6096,7 +6096,10 @@ def _connection_json(configuration: Any, cluster: JsonObject, status: JsonObject
 
 def _proxy_of_environment(server: str) -> str | None:
     """Return the proxy of HTTPS_PROXY and NO_PROXY, as kubectl has it: none for this host itself."""
-    endpoint = parse_server(server)
+    try:
+        endpoint = parse_server(server)
+    except ConfigError:
+        return None  # told where the connection is made
     proxy = urllib.request.getproxies().get("https" if endpoint.tls else "http")
     if not proxy or urllib.request.proxy_bypass(endpoint.host):
         return None

@@ -10,20 +10,12 @@ from simulation.simulation import Simulation
 SEEDS = 300
 AT_ONCE = 20
 PLANT_SEEDS = 150
-OPEN_SEEDS = (139,)
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, AT_ONCE))
 def test_what_is_shown_is_what_the_clusters_say(first: int) -> None:
-    outcomes = [Simulation(seed).run() for seed in range(first, first + AT_ONCE) if seed not in OPEN_SEEDS]
+    outcomes = [Simulation(seed).run() for seed in range(first, first + AT_ONCE)]
     assert not [describe(outcome) for outcome in outcomes if outcome.problem]
-
-
-@pytest.mark.xfail(reason="not understood yet: a server without bookmarks, and a run that is missing", strict=True)
-@pytest.mark.parametrize("seed", OPEN_SEEDS)
-def test_what_is_still_wrong(seed: int) -> None:
-    outcome = Simulation(seed).run()
-    assert not outcome.problem, describe(outcome)
 
 
 def test_a_seed_is_one_world() -> None:

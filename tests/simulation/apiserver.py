@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, Final, NamedTuple
 
 import fabrik_daemon
+from simulation.world import Violation
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -23,6 +24,7 @@ JsonObject = dict[str, Any]
 Key = tuple[str, str, str]  # resource, namespace, name
 GROUPS: Final = {"jobs": "/apis/batch/v1", "cronjobs": "/apis/batch/v1"}
 BOOKMARK_S: Final = 60.0
+REQUESTS_MAX: Final = 200  # within 10 s: ten watches that begin, and their pages
 STALE_S: Final = 15.0  # how old the memory may be that answers resource version "0"
 REASONS: Final = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 410: "Gone"}
 
@@ -153,6 +155,7 @@ class ApiServer:
         self.cuts_lists = 0.0  # chance that a list is cut off
         self.peers: dict[Peer, None] = {}
         self.watches: dict[Peer, Watch] = {}
+        self._requests: list[float] = []  # when, the last ones
         self._lives: list[Generator[float, None, None]] = []
 
     def new_uid(self) -> str:
@@ -265,6 +268,9 @@ class ApiServer:
         return peer
 
     def request(self, peer: Peer, target: str, headers: dict[str, str]) -> None:
+        self._requests = [when for when in self._requests if when > self.world.now - 10] + [self.world.now]
+        if len(self._requests) > REQUESTS_MAX and "continue=" not in target:
+            raise Violation(f"{self.name}: {len(self._requests)} requests within 10 s, now {target}")
         if self.is_hung:
             return
         parts = urllib.parse.urlsplit(target)

@@ -248,7 +248,7 @@ class Judge:
         told = "\n  ".join(str(version.truth) for states in self._jobs.get(place, ()) for version in states)
         raise Violation(f"{'/'.join(place)}: {'; '.join(problems) or 'nothing such ever was'}\n {row}\n  {told}")
 
-    def _problem(self, states: list[Version], row: fabrik_daemon.Run | None) -> str | None:  # noqa: PLR0911 - one return a kind
+    def _problem(self, states: list[Version], row: fabrik_daemon.Run | None) -> str | None:
         live = self._is_live(states[-1])
         job: JobTruth = self._server.objects[states[-1].key].truth if live else states[-1].truth
         if row is None:
@@ -263,19 +263,20 @@ class Judge:
             **{"spec_id": "feature-x", "project": "myapp", "template": None, **expected.columns},
         }
         unlike = {name: (getattr(row, name), value) for name, value in columns.items() if getattr(row, name) != value}
-        if unlike:
-            return f"column: (shown, true) {unlike}"
         if bool(row.deleted_at) == live:
-            return f"deleted_at {row.deleted_at}"
+            unlike["deleted_at"] = (row.deleted_at, "set, where it is gone")
         if job.cronjob and row.run_id == row.id:
-            return "a plain key for a scheduled Job"
-        return None
+            unlike["run_id"] = (row.run_id, "never plain for a scheduled Job")
+        return f"column: (shown, true) {unlike}" if unlike else None
 
     def _expect_live(self, states: list[Version]) -> Expected:
         there = self._server.objects
         job: JobTruth = there[states[-1].key].truth
         pods = [there[some[-1].key].truth for some in self._pods.get(job.uid, ()) if self._is_live(some[-1])]
         pod: PodTruth | None = max(pods, key=lambda one: (not one.deleting, one.created_at, one.uid), default=None)
+        if job.outcome:  # the newest tells how it ended; one that is gone may have gone unseen
+            newest = max(self._pods.get(job.uid, ()), key=lambda some: _age(some[-1]), default=None)
+            pod = there[newest[-1].key].truth if newest is not None and self._is_live(newest[-1]) else None
         was_lost = any(version.truth.phase == "Unknown" for some in self._pods.get(job.uid, ()) for version in some)
         expected = self._expect_job(job, pod, was_lost=was_lost)
         if self._server.epochs:  # a restored Job may have ended in a future that never came
@@ -391,7 +392,7 @@ class Judge:
 
     def _is_disturbed(self, states: list[Version]) -> bool:
         """Say whether something may have gone unseen while an object lived."""
-        if self._server.epochs:
+        if self._server.epochs or not self._server.traits.bookmarks:  # it takes some silences to learn of the latter
             return True
         times = {version: when for when, version in self._server.timeline[states[0].key] if version is not None}
         began = min(times[version] for version in states)
