@@ -6173,6 +6173,9 @@ class WatchSink(Protocol):
     def on_cluster_state(self, name: str) -> None:
         """Take in that a cluster is connected, or not any more, or has another error."""
 
+    def on_new_epoch(self, name: str) -> None:
+        """Take in that another cluster answers under this name."""
+
     def on_identity(self, name: str) -> bool:
         """Take in that a cluster's identity is known; False where it is another one's twin and must not be followed."""
 
@@ -6528,8 +6531,7 @@ class Cluster(ClusterState):
         self._timers: dict[str, Timer] = {}  # one of each kind
         self._resolving = False
         self._begun = False  # the watches are on their way
-        self._stopped = False
-        self._was_away = False  # a watch was in trouble since the identity was asked for
+        self._stopped = self._was_away = False  # away: a watch was in trouble since the identity was asked for
         self._files: tuple[tuple[str, float], ...] = ()
 
     def start(self, resumption: Mapping[Scope, tuple[str, str]], uid: str | None, *, once: bool) -> None:
@@ -6694,6 +6696,7 @@ class Cluster(ClusterState):
         self._begin()
 
     def _on_new_epoch(self) -> None:
+        self._sink.on_new_epoch(self.spec.name)
         for watcher in self.watchers:
             if self._begun:
                 watcher.relist("another cluster answers under this name")
@@ -7329,6 +7332,11 @@ class Follower:
             told = {"state": watcher.told.state, "error": watcher.told.error or None, "synced_at": watcher.synced_at}
             self._cache.put([watch_statement(watcher.scope, told)])
 
+    def on_new_epoch(self, name: str) -> None:
+        """Void the versions before the new uid is written: a crash between must not take old rows for new ones."""
+        scopes = [watcher.scope for watcher in self.clusters[name].watchers]
+        self._cache.put([watch_statement(scope, {"resource_version": None}) for scope in scopes])
+
     def on_identity(self, name: str) -> bool:
         """Follow a cluster under one of its names only: that of clusters.yaml, else the first in order."""
         cluster = self.clusters[name]
@@ -7786,6 +7794,9 @@ class _Examiner:
 
     def on_watch_state(self, scope: Scope, told: Told) -> None:
         """Do nothing: it is read at the end."""
+
+    def on_new_epoch(self, name: str) -> None:
+        """Do nothing."""
 
     def on_identity(self, name: str) -> bool:
         """Go on."""

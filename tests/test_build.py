@@ -198,7 +198,13 @@ def test_unpacks_closed_to_others_and_keeps_umask_and_argv(bundle: Bundle, umask
     hook = bundle.home / "hook"
     hook.mkdir()
     (hook / "sitecustomize.py").write_text(
-        "import atexit, os, sys\natexit.register(lambda: sys.stderr.write('%o %s' % (os.umask(0), sys.argv[0])))\n"
+        "import os, sys\n"
+        "end = os._exit\n"
+        "def told(code):\n"
+        "    sys.stderr.write('%o %s' % (os.umask(0), sys.argv[0]))\n"
+        "    sys.stderr.flush()\n"
+        "    end(code)\n"
+        "os._exit = told\n"
     )
     for _ in range(2):
         done = bundle.start(umask=umask, env={"PYTHONPATH": str(hook)})
