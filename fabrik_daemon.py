@@ -203,7 +203,6 @@ HEADERS_MAX_BYTES: Final = 64 * 1024
 REFUSAL_MAX_BYTES: Final = 64 * 1024  # a Status object has some hundred bytes
 READ_BYTES: Final = 256 * 1024  # what one callback takes from one socket before others get their turn
 CALLBACK_S: Final = 0.005  # the longest that decoding may hold the loop at a time
-WATCH_TIMEOUT_MIN_S: Final = 300  # client-go asks for a random 5 to 10 minutes, so that ends do not coincide
 EMPTY_WATCH_S: Final = 1.0  # a watch that ends sooner and told nothing counts as a failure
 BATCH_OPERATIONS: Final = 100  # the spec's batch
 PINNED_OPERATIONS: Final = 200_000  # what is merged into one batch while a reader pins the log
