@@ -92,7 +92,10 @@ if TYPE_CHECKING:
     import errno
     import faulthandler
     import fcntl
+    import gzip
+    import hashlib
     import heapq
+    import hmac
     import http.server
     import ipaddress
     import itertools
@@ -110,6 +113,7 @@ if TYPE_CHECKING:
     import sqlite3
     import ssl
     import stat
+    import string
     import struct
     import subprocess
     import tempfile
@@ -126,6 +130,10 @@ if TYPE_CHECKING:
     import cronsim
     import h11
     import kubernetes
+    import prometheus_client
+    import textual.app
+    import websocket
+    import wsproto
     import yaml
 else:
 
@@ -151,13 +159,17 @@ else:
     errno = _Lazy("errno")
     faulthandler = _Lazy("faulthandler")
     fcntl = _Lazy("fcntl")
+    gzip = _Lazy("gzip")
     h11 = _Lazy("h11")  # HTTP/1.1
+    hashlib = _Lazy("hashlib")
     heapq = _Lazy("heapq")
-    ipaddress = _Lazy("ipaddress")
+    hmac = _Lazy("hmac")
     http = _Lazy("http.server")
+    ipaddress = _Lazy("ipaddress")
     itertools = _Lazy("itertools")
     kubernetes = _Lazy("kubernetes")  # kubeconfigs: contexts, certificates, tokens, exec and OIDC plugins
     logging = _Lazy("logging.handlers")
+    prometheus_client = _Lazy("prometheus_client")
     queue = _Lazy("queue")
     random = _Lazy("random")
     resource = _Lazy("resource")
@@ -170,15 +182,19 @@ else:
     sqlite3 = _Lazy("sqlite3")
     ssl = _Lazy("ssl")
     stat = _Lazy("stat")
+    string = _Lazy("string")
     struct = _Lazy("struct")
     subprocess = _Lazy("subprocess")
     tempfile = _Lazy("tempfile")
     termios = _Lazy("termios")
+    textual = _Lazy("textual.app")  # the dashboard alone
     threading = _Lazy("threading")
     traceback = _Lazy("traceback")
     unicodedata = _Lazy("unicodedata")
     urllib = _Lazy("urllib.request")
     uuid = _Lazy("uuid")
+    websocket = _Lazy("websocket")  # commands that ask a remote daemon
+    wsproto = _Lazy("wsproto")
     yaml = _Lazy("yaml")  # config.yaml, clusters.yaml, kubeconfigs
     zlib = _Lazy("zlib")
     zoneinfo = _Lazy("zoneinfo")
