@@ -48,10 +48,12 @@ Shell:
     Daemon                composition root: settings -> parts; signals, orderly stop
     Client                a connection to the daemon, for commands
     Diagnosis             clusters test
+    Services              service-templates/ -> units and manifests
     Services: demo server   an API server on loopback that plays a script
     Services: demo        scripted clusters, a daemon that follows them, and what is shown of it
     Commands: reading     one function per command
     Commands: daemon and clusters
+    Commands: installing
     Command line          parser, main
 """
 
@@ -7863,6 +7865,46 @@ def _examined(cluster: Cluster) -> JsonObject:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Services
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Manifest(NamedTuple):
+    """One kind of what `manifests` prints: its template, what it is, and the names in it with their defaults."""
+
+    template: str
+    summary: str
+    defaults: Mapping[str, str]
+
+
+MANIFESTS: Final = {
+    "deployment": Manifest(
+        "deployment.yaml",
+        "the daemon in a cluster, in remote mode",
+        {"namespace": "fabrik-system", "image": f"ghcr.io/dtechvision/fabrik-daemon:{__version__}"},
+    ),
+}
+
+
+def fill_template(name: str, values: Mapping[str, str]) -> str:
+    """Return a file of service-templates/, `$$` made `$`, each `$name` its value. Raises KeyError for one without."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "service-templates", name)
+    with open(path, encoding="utf-8") as file:
+        return string.Template(file.read()).substitute(values)
+
+
+def format_manifest(kind: str, chosen: Mapping[str, str]) -> str:
+    """Return one of MANIFESTS with the values chosen in place of its defaults. Raises UsageError."""
+    manifest = MANIFESTS[kind]
+    for name, value in chosen.items():
+        if name not in manifest.defaults:
+            raise UsageError(f"manifest {kind} has no {name!r} to set", nearest(name, manifest.defaults))
+        if not value.isprintable():
+            raise UsageError(f"--set {name}: {value!r} is not one line of text")
+    return fill_template(manifest.template, {**manifest.defaults, **chosen})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Services: demo server
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -8835,6 +8877,17 @@ def _write_clusters(settings: Settings, clusters: Sequence[ClusterSpec]) -> None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Commands: installing
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def manifests(context: Context, arguments: argparse.Namespace) -> int:
+    """Print what puts the daemon, and what watches it, into a cluster."""
+    context.out.write(format_manifest(arguments.kind, dict(arguments.set)))
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Command line
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -8923,6 +8976,26 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--speed", type=_factor, metavar="X", help="X times as fast (default: 1 on a terminal, else 7.5)"
     )
+
+
+def _manifests_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("kind", choices=tuple(MANIFESTS), metavar="KIND", help=", ".join(MANIFESTS))
+    names = "; ".join(f"{kind}: {', '.join(manifest.defaults)}" for kind, manifest in MANIFESTS.items())
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=_assignment,
+        metavar="NAME=VALUE",
+        help=f"instead of a default; {names}",
+    )
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
 
 
 def _factor(text: str) -> float:
@@ -9026,6 +9099,13 @@ COMMANDS: Final = (
         ("query \"SELECT run_id, status FROM runs WHERE status = 'blocked'\"",),
         _query_arguments,
         query,
+    ),
+    Command(
+        "manifests",
+        "print Kubernetes manifests",
+        ("manifests deployment | kubectl apply -f -", "manifests deployment --set namespace=fabrik-system"),
+        _manifests_arguments,
+        manifests,
     ),
 )
 _HELPERS: Final = {"_credentials": credentials_helper, "_query": query_helper}
