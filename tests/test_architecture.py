@@ -76,6 +76,10 @@ CLASS_LINES: Final = 200
 FUNCTION_LINES: Final = 50
 FUNCTION_MEAN_LINES: Final = 15
 
+# What makes a start cheap: lazy imports, and stand-ins for what typing would cost.
+START_HELPERS: Final = {"_lazy", "_Lazy", "_ForCheckers", "_Fields"}
+START_NAMES: Final = {"TYPE_CHECKING = False", "Protocol = object"}
+
 CLOCKS: Final = frozenset({"time", "monotonic", "perf_counter"})
 CORE_MODULES: Final = (
     CLOCKS
@@ -684,18 +688,24 @@ def is_docstring(module: Module, statement: ast.stmt) -> bool:
 
 
 def rule_top(source: str) -> list[str]:
-    """Hold that before the first section stand the docstring, imports, the lazy-import helper and what it returned."""
+    """Hold that before the first section stand the docstring, imports, and the helpers that make a start cheap."""
     module = parsed(source)
     statements = top_statements(module)
     helpers = [statement for statement in statements if isinstance(statement, DEFINITIONS)]
-    found = [f"{node.lineno}: '{node.name}' is a second helper before the first section" for node in helpers[1:]]
-    names = {node.name for node in helpers}
+    found = [
+        f"{node.lineno}: '{node.name}' is a second helper before the first section"
+        for node in helpers
+        if node.name not in START_HELPERS
+    ]
     for statement in statements:
         value = statement.value if isinstance(statement, (ast.Assign, ast.AnnAssign)) else None
-        is_lazy = isinstance(value, ast.Call) and last_name(value.func) in names
+        made = last_name(value.func) if isinstance(value, ast.Call) else ast.unparse(value) if value else None
+        is_made = made in START_HELPERS or ast.unparse(statement) in START_NAMES
         is_import = isinstance(statement, (ast.Import, ast.ImportFrom, ast.If, ast.Try, ast.Pass))
-        if not (is_lazy or is_import or statement in helpers or is_docstring(module, statement)):
-            found.append(f"{statement.lineno}: before the first section stand only imports and the lazy-import helper")
+        if not (is_made or is_import or statement in helpers or is_docstring(module, statement)):
+            found.append(
+                f"{statement.lineno}: before the first section stand only imports and what makes a start cheap"
+            )
     return found
 
 
