@@ -156,13 +156,13 @@ else:
             return type(name, (tuple,), {**namespace, **made})
 
         @staticmethod
-        def first_instance(cls, *values, **named):
-            whole = namedtuple(cls.__name__, cls._fields, defaults=cls._field_defaults.values())
-            for name in ("__repr__", "__getnewargs__", "_make", "_replace", "_asdict", *cls._fields):
-                if name not in cls.__dict__:
-                    setattr(cls, name, whole.__dict__[name])
-            cls.__new__ = whole.__new__
-            return cls(*values, **named)
+        def first_instance(kind, *values, **named):
+            whole = namedtuple(kind.__name__, kind._fields, defaults=kind._field_defaults.values())
+            for name in ("__repr__", "__getnewargs__", "_make", "_replace", "_asdict", *kind._fields):
+                if name not in kind.__dict__:
+                    setattr(kind, name, whole.__dict__[name])
+            kind.__new__ = whole.__new__
+            return kind(*values, **named)
 
     NamedTuple = _Fields("NamedTuple", (), {})
 

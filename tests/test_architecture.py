@@ -703,9 +703,7 @@ def rule_top(source: str) -> list[str]:
         is_made = made in START_HELPERS or ast.unparse(statement) in START_NAMES
         is_import = isinstance(statement, (ast.Import, ast.ImportFrom, ast.If, ast.Try, ast.Pass))
         if not (is_made or is_import or statement in helpers or is_docstring(module, statement)):
-            found.append(
-                f"{statement.lineno}: before the first section stand only imports and what makes a start cheap"
-            )
+            found.append(f"{statement.lineno}: before the first section stand only imports and start helpers")
     return found
 
 
