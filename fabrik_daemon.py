@@ -3479,6 +3479,10 @@ class ServerTraits:
         self.sends_bookmarks = True  # until it is silent where they were due, twice in a row, and never sent one
         self._has_sent_one = False
 
+    def patience(self, timing: Timing) -> float:
+        """Return how long a watch may be silent, in seconds, before it counts as dead."""
+        return timing.idle if self.sends_bookmarks else timing.watch_timeout * 2 + timing.idle
+
     def on_bookmark(self) -> None:
         """Take in a bookmark: silence is never this server's way."""
         self.sends_bookmarks = self._has_sent_one = True
@@ -3681,7 +3685,8 @@ class WatchMachine:
             return self._without_streaming(now)
         if not self._request.events and now - self._request.began_at < EMPTY_WATCH_S:
             return self.on_failure("the server ends watches at once", now)
-        return self._watch(now)
+        was_blind = not self._request.heard and now - self._request.began_at > self._timing.idle
+        return self.relist("", now) if was_blind else self._watch(now)  # the server may never have had this version
 
     def on_refusal(self, refusal: Refusal, now: float) -> list[Action]:
         """Take in a response other than 200, or an ERROR event."""
@@ -3754,9 +3759,8 @@ class WatchMachine:
         return self._enter(WATCHING, "", now + self._patience())
 
     def _patience(self) -> float:
-        if self.state != WATCHING or not self._request.is_open:
-            return self._timing.answer
-        return self._timing.idle if self._traits.sends_bookmarks else self._timing.watch_timeout * 2 + self._timing.idle
+        following = self.state == WATCHING and self._request.is_open
+        return self._traits.patience(self._timing) if following else self._timing.answer
 
     def _expired(self, now: float) -> list[Action]:
         """List anew: at once the first time, then paced; an expired continue token asks for one list without pages."""

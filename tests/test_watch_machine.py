@@ -221,6 +221,15 @@ def test_a_clean_end_goes_on_at_once_from_the_last_version() -> None:
     assert told(actions) == Told(WATCHING, "", None)
 
 
+def test_a_watch_that_told_nothing_at_all_in_its_time_lists_anew() -> None:
+    silent = watching("90").on_watch_end(300.0)
+    assert told(silent).state == LISTING
+    assert "resourceVersion" not in get(silent).target
+    heard = watching()
+    heard.on_event(WatchEvent("BOOKMARK", {"metadata": {"resourceVersion": "7"}}), 60.0)
+    assert "resourceVersion=7" in get(heard.on_watch_end(300.0)).target
+
+
 def test_a_watch_that_ends_at_once_and_empty_is_a_failure() -> None:
     assert delay(watching().on_watch_end(0.99), 0.99) == pytest.approx(0.4)
     assert kinds(watching().on_watch_end(1.0)) == [Told, Get]
@@ -419,6 +428,7 @@ def test_only_two_minutes_of_health_reset_the_back_off() -> None:
     assert delay(failing(3).on_failure("reset", 119.0), 119.0) == pytest.approx(6.4)
     assert delay(failing(3).on_failure("reset", 120.0), 120.0) == pytest.approx(0.8)
     ended = failing(3)
+    ended.on_event(event("6"), 60.0)
     ended.on_watch_end(120.0)
     assert delay(ended.on_failure("reset", 121.0), 121.0) == pytest.approx(0.8)
 
