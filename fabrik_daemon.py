@@ -47,6 +47,7 @@ Shell:
     Daemon: following     what watches tell -> store, cache, bus
     Daemon                composition root: settings -> parts; signals, orderly stop
     Client                a connection to the daemon, for commands
+    Direct                what asks an API server at once: one request, its credentials, its response as it comes
     Diagnosis             clusters test
     Services              service-templates/ -> units and manifests
     Services: demo server   an API server on loopback that plays a script
@@ -3071,7 +3072,7 @@ ResponsePart = Union[ResponseHead, bytes, ResponseEnd]
 
 
 class HttpClientCodec:
-    """The client side of HTTP/1.1 (RFC 9112): one GET after the other on one connection."""
+    """The client side of HTTP/1.1 (RFC 9112): one request after the other on one connection."""
 
     def __init__(self, authority: str) -> None:
         self._authority = authority
@@ -3081,14 +3082,20 @@ class HttpClientCodec:
     def send_get(self, target: str, headers: Mapping[str, str], *, compressed: bool) -> bytes:
         """Return the bytes of a request. Raises ProtocolError where the last response is not through."""
         encoding = [("Accept-Encoding", "gzip")] if compressed else []
+        return self._send("GET", target, [*headers.items(), *encoding], b"")
+
+    def send_post(self, target: str, headers: Mapping[str, str], body: bytes) -> bytes:
+        """Return the bytes of a request with a JSON body. Raises as `send_get` does."""
+        about = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+        return self._send("POST", target, [*headers.items(), *about], body)
+
+    def _send(self, method: str, target: str, headers: Iterable[tuple[str, str]], body: bytes) -> bytes:
         try:
             if self._connection.our_state is not h11.IDLE:
                 self._connection.start_next_cycle()
-            all_headers = [("Host", self._authority), *headers.items(), *encoding]
-            request = h11.Request(method="GET", target=target, headers=all_headers)
-            return bytes(self._connection.send(request) or b"") + bytes(
-                self._connection.send(h11.EndOfMessage()) or b""
-            )
+            request = h11.Request(method=method, target=target, headers=[("Host", self._authority), *headers])
+            events = [request, *([h11.Data(data=body)] if body else []), h11.EndOfMessage()]
+            return b"".join(bytes(self._connection.send(event) or b"") for event in events)
         except h11.LocalProtocolError:  # whose words may hold the token
             raise ProtocolError("this request cannot be sent") from None
 
@@ -7817,6 +7824,275 @@ def connect(settings: Settings) -> Client | None:
             return Client(sock, settings.cache)
         sock.close()
     return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Direct
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Receiver(Protocol):
+    """What takes a response in as it comes."""
+
+    def on_head(self, head: ResponseHead) -> None:
+        """Take in status and headers."""
+
+    def on_body(self, data: bytes) -> None:
+        """Take in some of the body."""
+
+    def on_end(self, error: str) -> None:
+        """Take in that it is over; `error` says why it is not whole, empty where it is."""
+
+
+class Site:
+    """One cluster as a command asks it, without watches; credentials are resolved when they are first needed."""
+
+    def __init__(self, spec: ClusterSpec, reactor: Reactor, credentials: Credentials, timing: Timing) -> None:
+        self.spec = spec
+        self.reactor = reactor
+        self.timing = timing
+        self.connection: Connection | None = None
+        self._credentials = credentials
+        self._route: Route | None = None
+        self._waiting: list[Callable[[FabrikError | None], None]] = []
+
+    def prepare(self, done: Callable[[FabrikError | None], None]) -> None:
+        """Find out how the cluster is reached; `done` gets what is wrong with that, in the loop."""
+        if self._route is not None:
+            self.reactor.call_soon(lambda: done(None))
+            return
+        self._waiting.append(done)
+        if len(self._waiting) == 1:
+            self._credentials.resolve(self.spec, self._on_resolved)
+
+    def forget(self, route: Route) -> None:
+        """Have the credentials resolved anew for what is asked next: those of this route were refused."""
+        if self._route is route:
+            self._route = None
+
+    def connect(self, handler: StreamHandler) -> tuple[Stream, Route]:
+        """Return a new connection to the API server, and how it goes; only after `prepare`."""
+        if self._route is None:
+            raise UnreachableError(f"{self.spec.name}: its credentials are not resolved")
+        stream = Stream(self.reactor, handler)
+        stream.connect(self._route, self.timing)
+        return stream, self._route
+
+    def headers(self) -> dict[str, str]:
+        """Return what a request says of us, with the credentials of this moment."""
+        headers = {"User-Agent": f"fabrik-daemon/{__version__}", "Accept": "application/json, */*"}
+        if self.connection is not None and self.connection.token:
+            headers["Authorization"] = f"Bearer {self.connection.token}"
+        return headers
+
+    def _on_resolved(self, result: Connection | FabrikError) -> None:
+        error = result if isinstance(result, FabrikError) else None
+        if isinstance(result, Connection):
+            try:
+                self.connection, self._route = result, route_of(result)
+            except ConfigError as problem:
+                error = ConfigError(f"{self.spec.kubeconfig}: {problem.message}", problem.hint)
+        waiting, self._waiting = self._waiting, []
+        for done in waiting:
+            done(error)
+
+
+class Call(ClientHandler):
+    """One request to a site. Credentials that are refused are resolved anew once; silence for too long ends it."""
+
+    def __init__(
+        self, site: Site, target: str, receiver: Receiver, *, body: bytes | None = None, endless: bool = False
+    ) -> None:
+        self._site = site
+        self._target = target
+        self._receiver = receiver
+        self._body = body  # None: a GET, else a POST
+        self._endless = endless  # what is asked for goes on: it may be silent for as long as it likes
+        self._stream: Stream | None = None
+        self._route: Route | None = None
+        self._codec: HttpClientCodec | None = None
+        self._timer: Timer | None = None
+        self._renewed = self._over = self._may_be_silent = False
+        site.prepare(self._on_prepared)
+
+    def cancel(self) -> None:
+        """Give up; nothing is told any more."""
+        self._over = True
+        self._hang_up()
+
+    def on_data(self, data: bytes) -> None:
+        """Take in bytes of the response; empty: the server ended the connection."""
+        codec = self._codec
+        if codec is None:
+            return
+        self._wait()
+        try:
+            for part in codec.receive(data):
+                self._take(part)
+                if self._codec is not codec:
+                    return
+        except ProtocolError as error:
+            self._end(error.message)
+            return
+        if not data:
+            self._end("the server closed the connection")
+
+    def on_error(self, error: str) -> None:
+        """Take in that the connection is lost, or never came to be."""
+        self._end(error)
+
+    def _on_prepared(self, error: FabrikError | None) -> None:
+        if self._over:
+            return
+        if error is not None:
+            self._end(str(error))
+            return
+        self._stream, self._route = self._site.connect(self)
+        self._codec = HttpClientCodec(self._route.endpoint.authority)
+        target, headers = self._route.endpoint.base + self._target, self._site.headers()
+        if self._body is None:
+            self._stream.send(self._codec.send_get(target, headers, compressed=False))
+        else:
+            self._stream.send(self._codec.send_post(target, headers, self._body))
+        self._wait()
+
+    def _take(self, part: ResponsePart) -> None:
+        if isinstance(part, bytes):
+            self._receiver.on_body(part)
+        elif isinstance(part, ResponseEnd):
+            self._end("")
+        elif part.status == 401 and not self._renewed and self._route is not None:
+            self._renewed = True
+            self._hang_up()
+            self._site.forget(self._route)
+            self._site.prepare(self._on_prepared)
+        else:
+            self._may_be_silent = self._endless and part.status == 200
+            self._wait()
+            self._receiver.on_head(part)
+
+    def _wait(self) -> None:
+        """Allow for so much silence from here on."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if not self._may_be_silent:
+            silence_s = self._site.timing.answer
+            self._timer = self._site.reactor.call_later(silence_s, lambda: self._end(f"silent for {silence_s:g} s"))
+
+    def _end(self, error: str) -> None:
+        if not self._over:
+            self.cancel()
+            self._receiver.on_end(error)
+
+    def _hang_up(self) -> None:
+        self._codec = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._stream is not None:
+            self._stream.close()
+
+
+class Got(NamedTuple):
+    """What came of a request: a whole response, or why there is none."""
+
+    head: ResponseHead | None
+    body: bytes
+    error: str
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether the response is what was asked for."""
+        return not self.error and self.head is not None and self.head.status in (200, 201)
+
+    @property
+    def status(self) -> int:
+        """The HTTP status of a whole response, else 0."""
+        return self.head.status if self.head is not None and not self.error else 0
+
+    @property
+    def complaint(self) -> str:
+        """What is wrong, in words for a person; empty where nothing is."""
+        if self.is_ok or self.head is None or self.error:
+            return self.error
+        return refusal_from_response(self.head, self.body).message
+
+    def document(self) -> JsonObject:
+        """Return the JSON object in the body, an empty one where there is none."""
+        return (parse_json(self.body.decode("utf-8", "replace")) or {}) if self.is_ok else {}
+
+
+class Collector:
+    """Collects a response whose body is of some size at most."""
+
+    def __init__(self, done: Callable[[Got], None], max_bytes: int) -> None:
+        self._done = done
+        self._max_bytes = max_bytes
+        self._head: ResponseHead | None = None
+        self._pieces: list[bytes] = []
+        self._bytes = 0
+        self.cancel: Callable[[], None] = lambda: None  # ends the call
+
+    def on_head(self, head: ResponseHead) -> None:
+        """Take in status and headers."""
+        self._head = head
+
+    def on_body(self, data: bytes) -> None:
+        """Take in some of the body."""
+        self._pieces.append(data)
+        self._bytes += len(data)
+        if self._bytes > self._max_bytes:
+            self.cancel()
+            self.on_end(f"an answer of over {self._max_bytes} bytes")
+
+    def on_end(self, error: str) -> None:
+        """Tell what came."""
+        self._done(Got(self._head, b"".join(self._pieces), error))
+
+
+class Direct:
+    """What a command asks clusters at once, in a loop of its own. To be closed."""
+
+    def __init__(self, settings: Settings, errors: TextIO) -> None:
+        self.reactor = Reactor(make_log("error", errors, LogRing()))
+        self._timing = settings.timing
+        self._credentials = Credentials(self.reactor, settings.timing)
+        self._sites: dict[str, Site] = {}
+
+    def site(self, spec: ClusterSpec) -> Site:
+        """Return a cluster, the same for the same name."""
+        if spec.name not in self._sites:
+            self._sites[spec.name] = Site(spec, self.reactor, self._credentials, self._timing)
+        return self._sites[spec.name]
+
+    @staticmethod
+    def get(site: Site, target: str, done: Callable[[Got], None], max_bytes: int = ITEM_MAX_BYTES) -> Call:
+        """Ask for a path; `done` gets what came, in the loop."""
+        collector = Collector(done, max_bytes)
+        call = Call(site, target, collector)
+        collector.cancel = call.cancel
+        return call
+
+    @staticmethod
+    def post(site: Site, target: str, document: JsonObject, done: Callable[[Got], None]) -> Call:
+        """Post a document, which only a user's explicit flag may ask for; `done` gets what came."""
+        collector = Collector(done, ITEM_MAX_BYTES)
+        call = Call(site, target, collector, body=format_line(document))
+        collector.cancel = call.cancel
+        return call
+
+    def run(self, seconds: float = math.inf) -> None:
+        """Let it all happen until `reactor.stop`, at most so long."""
+        timer = None if seconds == math.inf else self.reactor.call_later(seconds, self.reactor.stop)
+        self.reactor.run()
+        if timer is not None:
+            timer.cancel()
+
+    def close(self) -> None:
+        """Give everything back."""
+        self._credentials.close()
+        self.reactor.close()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
