@@ -801,6 +801,45 @@ class Timing(NamedTuple):
     idle_seq: float = 30.0  # subscribers who hear nothing are told how far the stream is
     socket_check: float = 5.0  # whether the socket's file is still there
     stop: float = 1.5  # what the cache gets to write its last, of the 2 s of an orderly stop
+    laos_answer: float = 10.0  # until a service of LAOS has answered
+    laos_retry_max: float = 30.0  # between two attempts at one that is away; the first come sooner
+    laos_discovery: float = 300.0  # between two looks for services of LAOS in a cluster
+    log_batch: float = 1.0  # the longest that a log line waits for others before they go to Loki
+    push: float = 30.0  # between two pushes of the metrics to a Pushgateway
+    alert_batch: float = 0.1  # what an alert waits for others of the same moment
+    alert_resend: float = 60.0  # an alert that fires is sent again; unless it is, it ends after four of these
+    alert_resolved: float = 900.0  # for so long it is told that an alert is over
+    alert_failed: float = 3600.0  # for so long a failed run is worth an alert
+    alert_pending: float = 600.0  # a run that is pending for longer is worth one
+    alert_heartbeat: float = 60.0  # a run that is running and silent for longer is worth one
+    usage: float = 2.0  # until Prometheus has said how full volumes are
+
+
+class LaosService(NamedTuple):
+    """How one service of LAOS is reached; secrets stand in files, which are read when they are needed."""
+
+    url: str
+    tenant: str | None = None  # X-Scope-OrgID, of Loki
+    username: str | None = None
+    password_file: str | None = None
+    bearer_token_file: str | None = None
+    ca_file: str | None = None  # None: the host's own authorities
+
+
+class Laos(NamedTuple):
+    """The services of LAOS, overall or one cluster's; None where nothing is said."""
+
+    loki: LaosService | None = None
+    alertmanager: LaosService | None = None
+    prometheus: LaosService | None = None
+    pushgateway: LaosService | None = None
+    discover: bool | None = None  # look for them in the clusters
+    alerts: str | None = None  # one of ALERT_WAYS
+
+    def over(self, other: Laos) -> Laos:
+        """Return this with what it does not say taken from another."""
+        said = {name: value for name, value in self._asdict().items() if value is not None}
+        return other._replace(**said)
 
 
 class ClusterSpec(NamedTuple):
@@ -814,6 +853,7 @@ class ClusterSpec(NamedTuple):
     priority: int = 100
     enabled: bool = True
     is_discovered: bool = False  # in a kubeconfig, rather than named in clusters.yaml
+    laos: Laos = Laos()  # over the overall one
 
     @property
     def rank(self) -> tuple[bool, int, str]:
@@ -830,6 +870,8 @@ class Settings(NamedTuple):
     socket: str | None  # None: the default, which depends on who holds it
     log_level: str = "info"
     timing: Timing = Timing()
+    laos: Laos = Laos()
+    metrics_listen: tuple[str, int] | None = None  # host and port; None: on the Unix socket alone
 
 
 class Flags(NamedTuple):
@@ -841,7 +883,9 @@ class Flags(NamedTuple):
 
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
-_CONFIG_KEYS: Final = ("cache", "socket", "logLevel", "timing")
+LAOS_SERVICES: Final = ("loki", "alertmanager", "prometheus", "pushgateway")
+ALERT_WAYS: Final = ("off", "direct", "rules")  # direct: the daemon sends them; rules: Prometheus makes them
+_CONFIG_KEYS: Final = ("cache", "socket", "logLevel", "timing", "laos", "metrics")
 _CLUSTER_KEYS: Final = (
     "name",
     "kubeconfig",
@@ -851,7 +895,16 @@ _CLUSTER_KEYS: Final = (
     "labelSelector",
     "priority",
     "enabled",
+    "laos",
 )
+_SERVICE_KEYS: Final = {
+    "url": "url",
+    "tenant": "tenant",
+    "username": "username",
+    "passwordFile": "password_file",
+    "bearerTokenFile": "bearer_token_file",
+    "caFile": "ca_file",
+}
 _TIMING_KEYS: Final = {re.sub(r"_(\w)", lambda match: match[1].upper(), name): name for name in Timing._fields}
 
 
@@ -874,7 +927,7 @@ def settings_from(flags: Flags, environment: Mapping[str, str], read: Callable[[
     text = read(config)
     if text is None and flags.config:
         raise ConfigError(f"{config}: no such file", "name the config.yaml to use with --config")
-    values = parse_config(text or "", config)
+    values = parse_config(text or "", config, environment)
     cache = flags.cache or environment.get("FABRIK_CACHE") or values.get("cache")
     socket_path = flags.socket or environment.get("FABRIK_SOCKET") or values.get("socket")
     return Settings(
@@ -884,15 +937,22 @@ def settings_from(flags: Flags, environment: Mapping[str, str], read: Callable[[
         socket=expand_home(socket_path, environment) if socket_path else None,
         log_level=values.get("logLevel", "info"),
         timing=values.get("timing", Timing()),
+        laos=values.get("laos", Laos()),
+        metrics_listen=values.get("metrics"),
     )
 
 
-def parse_config(text: str, where: str) -> JsonObject:
+def parse_config(text: str, where: str, environment: Mapping[str, str] | None = None) -> JsonObject:
     """Return the keys that a config.yaml sets, checked. Raises ConfigError with file and line."""
     values: JsonObject = {}
     for key, node, at in _yaml_items(_yaml_root(text, where), where, _CONFIG_KEYS):
         if key == "timing":
             values[key] = Timing(**dict(_timing_items(node, where)))
+        elif key == "laos":
+            values[key] = _laos_from(node, where, environment or {})
+        elif key == "metrics":
+            for _, listen, listen_at in _yaml_items(node, where, ("listen",)):
+                values[key] = parse_listen(_yaml_text(listen, listen_at, "listen"), listen_at)
         elif key == "logLevel":
             values[key] = _one_of(_yaml_text(node, at, key), LOG_LEVELS, at)
         else:
@@ -933,8 +993,21 @@ def format_clusters(clusters: Iterable[ClusterSpec]) -> str:
         item["priority"] = cluster.priority
         if not cluster.enabled:
             item["enabled"] = False
+        if cluster.laos != Laos():
+            item["laos"] = _laos_json(cluster.laos)
         items.append(item)
     return str(yaml.safe_dump({"clusters": items}, sort_keys=False, allow_unicode=True))
+
+
+def _laos_json(laos: Laos) -> JsonObject:
+    names = {name: key for key, name in _SERVICE_KEYS.items()}
+    return {
+        name: {names[field]: text for field, text in value._asdict().items() if text is not None}
+        if isinstance(value, LaosService)
+        else value
+        for name, value in laos._asdict().items()
+        if value is not None
+    }
 
 
 def _cluster_from(item: yaml.Node, where: str, environment: Mapping[str, str]) -> ClusterSpec:
@@ -943,6 +1016,8 @@ def _cluster_from(item: yaml.Node, where: str, environment: Mapping[str, str]) -
     for key, node, at in _yaml_items(item, where, _CLUSTER_KEYS):
         if key == "namespaces":
             values[key] = tuple(_yaml_list(node, at, key))
+        elif key == "laos":
+            values[key] = _laos_from(node, where, environment)
         elif key in ("priority", "enabled"):
             values[key] = _yaml_scalar(node, at, key, int if key == "priority" else bool)
         else:
@@ -963,7 +1038,61 @@ def _cluster_from(item: yaml.Node, where: str, environment: Mapping[str, str]) -
         label_selector=values.get("labelSelector"),
         priority=values.get("priority", 100),
         enabled=values.get("enabled", True),
+        laos=values.get("laos", Laos()),
     )
+
+
+def _laos_from(node: yaml.Node, where: str, environment: Mapping[str, str]) -> Laos:
+    values: JsonObject = {}
+    for key, value, at in _yaml_items(node, where, (*LAOS_SERVICES, "discover", "alerts")):
+        if key == "discover":
+            values[key] = _yaml_scalar(value, at, key, bool)
+        elif key == "alerts":
+            values[key] = _one_of(_yaml_text(value, at, key), ALERT_WAYS, at)
+        else:
+            values[key] = _service_from(value, at, where, environment)
+    return Laos(**values)
+
+
+def _service_from(node: yaml.Node, at: str, where: str, environment: Mapping[str, str]) -> LaosService:
+    said: dict[str, str] = {}
+    for key, value, here in _yaml_items(node, where, _SERVICE_KEYS):
+        text = _yaml_text(value, here, key)
+        if key.endswith("File"):
+            text = expand_home(text, environment)
+            text = text if text.startswith("/") else f"{where.rpartition('/')[0] or '.'}/{text}"
+        elif not all(" " <= char < "\x7f" for char in text):
+            raise ConfigError(f"{here}: {key} has characters that no header can hold")
+        said[_SERVICE_KEYS[key]] = text
+    service = LaosService(**{"url": "", **said})
+    _check_service(service, at)
+    return service
+
+
+def _check_service(service: LaosService, at: str) -> None:
+    """Raise ConfigError for a service of LAOS that could not be reached so."""
+    try:
+        parts = urllib.parse.urlsplit(service.url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ConfigError(f"{at}: its url is no http(s) URL", "write 'url: http://host:port'")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ConfigError(f"{at}: its url has more than host, port and path", "use username and passwordFile")
+    if bool(service.username) != bool(service.password_file):
+        raise ConfigError(f"{at}: username and passwordFile go together", "add the other")
+    if service.username and service.bearer_token_file:
+        raise ConfigError(f"{at}: both a password and a token", "keep one")
+
+
+def parse_listen(text: str, at: str) -> tuple[str, int]:
+    """Return host and port of `127.0.0.1:9464` or `[::1]:9464`. Raises ConfigError."""
+    host, _, port = text.rpartition(":")
+    number = parse_int(port)
+    if not host or number is None or number > 65535:
+        raise ConfigError(f"{at}: {text[:80]!r} is no address to listen on", "write host:port, as 127.0.0.1:9464")
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host, number
 
 
 def check_cluster_name(name: str, where: str) -> None:

@@ -5,9 +5,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fabrik_daemon import (
+    ALERT_WAYS,
     ClusterSpec,
     ConfigError,
     Flags,
+    Laos,
+    LaosService,
     Settings,
     Timing,
     expand_home,
@@ -195,6 +198,24 @@ NAMES = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,20}[a-z0-9])?", fullmatch=True)
 TEXTS = st.text(st.characters(max_codepoint=0xFFFD, exclude_categories=["C", "Zl", "Zp"]), min_size=1).filter(
     lambda text: not text.startswith("~")
 )
+SERVICES = st.builds(
+    LaosService,
+    url=NAMES.map("http://{}:3100".format),
+    tenant=st.none() | NAMES,
+    username=st.none(),
+    password_file=st.none(),
+    bearer_token_file=st.none() | TEXTS.map("/{}".format),
+    ca_file=st.none() | TEXTS.map("/{}".format),
+)
+LAOS_SAID = st.builds(
+    Laos,
+    loki=st.none() | SERVICES,
+    alertmanager=st.none() | SERVICES,
+    prometheus=st.none(),
+    pushgateway=st.none(),
+    discover=st.none() | st.booleans(),
+    alerts=st.none() | st.sampled_from(ALERT_WAYS),
+)
 CLUSTERS = st.builds(
     ClusterSpec,
     name=NAMES,
@@ -205,6 +226,7 @@ CLUSTERS = st.builds(
     priority=st.integers(-1000, 1000),
     enabled=st.booleans(),
     is_discovered=st.just(False),
+    laos=LAOS_SAID,
 )
 
 
@@ -225,3 +247,57 @@ def test_any_text_makes_settings_or_a_refusal_of_one_line(text: str) -> None:
             said = str(error)
         assert said.startswith("c.yaml:")
         assert "\n" not in said
+
+
+LAOS = """laos:
+  discover: true
+  alerts: direct
+  loki: {url: "http://loki:3100/prefix", tenant: fabrik, username: me, passwordFile: ~/.loki, caFile: ca.pem}
+  alertmanager: {url: "https://am.example", bearerTokenFile: /run/token}
+metrics: {listen: "127.0.0.1:9464"}
+"""
+
+
+def test_laos_overall_and_a_clusters_own() -> None:
+    made = made_of(Flags("/f/config.yaml"), {"/f/config.yaml": LAOS})
+    loki = LaosService("http://loki:3100/prefix", "fabrik", "me", "/home/me/.loki", None, "/f/ca.pem")
+    assert made.laos.loki == loki
+    assert made.laos.alertmanager == LaosService("https://am.example", bearer_token_file="/run/token")
+    assert (made.laos.prometheus, made.laos.discover, made.laos.alerts) == (None, True, "direct")
+    assert made.metrics_listen == ("127.0.0.1", 9464)
+    own = "  laos: {alerts: off, discover: false, loki: {url: 'http://own:3100'}}\n"
+    cluster = parse_clusters(ONE + own, "/f/clusters.yaml", HOME)[0]
+    both = cluster.laos.over(made.laos)
+    assert both.loki == LaosService("http://own:3100")
+    assert (both.alertmanager, both.discover, both.alerts) == (made.laos.alertmanager, False, "off")
+    assert parse_clusters(format_clusters([cluster]), "/f/clusters.yaml", HOME) == [cluster]
+
+
+def test_nothing_of_laos_is_on_by_itself() -> None:
+    assert (made_of().laos, made_of().metrics_listen) == (Laos(), None)
+    assert parse_config("metrics: {listen: '[::1]:0'}", "c")["metrics"] == ("::1", 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("laos: {lokki: {url: http://a}}", "did you mean 'loki'?"),
+        ("laos:\n  loki: {tenant: a}", "c.yaml:2: its url is no http(s) URL"),
+        ("laos: {loki: {url: 'ftp://a'}}", "no http(s) URL"),
+        ("laos: {loki: {url: 'http://a:b'}}", "no http(s) URL"),
+        ("laos: {loki: {url: 'http://me:secret@a'}}", "use username and passwordFile"),
+        ("laos: {loki: {url: 'http://a?x=1'}}", "more than host, port and path"),
+        ("laos: {loki: {url: 'http://a', username: me}}", "go together"),
+        ("laos: {loki: {url: 'http://a', username: me, passwordFile: /p, bearerTokenFile: /t}}", "keep one"),
+        ('laos: {loki: {url: "http://a", tenant: "a\\nb"}}', "no header can hold"),
+        ("laos: {alerts: maybe}", "choose from direct, off, rules"),
+        ("laos: {discover: perhaps}", "discover must be true or false"),
+        ("metrics: {listen: 9464}", "write host:port"),
+        ("metrics: {listen: 'a:70000'}", "write host:port"),
+    ],
+)
+def test_what_laos_cannot_be(text: str, told: str) -> None:
+    line = refusal(text, "config")
+    assert line.startswith("c.yaml:")
+    assert told in line
+    assert "secret" not in line
