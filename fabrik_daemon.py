@@ -31,7 +31,9 @@ Core:
     HTTP                  client and server sides over h11: bytes in, messages out
     Watch decoding        byte lines -> events, list pages, Status objects
     Watch machine         list, watch, bookmark, expire, back off -> actions
+    WebSocket             frames over wsproto: bytes in, texts out
     Requests              the daemon's API: request -> answer, the same for every framing
+    Requests: framings    JSON lines, HTTP and WebSocket: bytes -> requests, answers -> bytes
     Views                 rows -> table or json; where hostile text is made safe
     Demo script           the scripted clusters of `demo`: what happens, and when
 Shell:
@@ -42,7 +44,8 @@ Shell:
     Credentials           the helper process around kubernetes.config
     Watcher               drives one Watch machine over one Stream
     Watcher: clusters     who a cluster is, how it is reached, and its watches together
-    Server                the Unix socket and its connections: JSON lines and HTTP
+    Server: listeners     the Unix socket: where it may be, and who is let in
+    Server                connections: what clients say -> requests, answers -> what they read
     Daemon: log           the daemon's log, in memory; its last words
     Daemon: following     what watches tell -> store, cache, bus
     Daemon                composition root: settings -> parts; signals, orderly stop
@@ -272,6 +275,7 @@ DESCRIPTORS: Final = 4096  # a thousand clients, five watches a namespace, and r
 LISTEN_BACKLOG: Final = 1024
 ACCEPT_PAUSE_S: Final = 0.5  # when no descriptor is left
 ACCEPTS_PER_TURN: Final = 64  # before others get their turn
+WEBSOCKET_KEY_CHARS: Final = 24  # 16 bytes in base64
 REQUEST_MAX_BYTES: Final = 2**20  # SQL may be long; nothing else is
 OUTPUT_HIGH_BYTES: Final = 256 * 1024  # more than this is not handed to a connection that does not take it
 HISTORY_LOADED: Final = 1000  # of them, taken over from the cache at start
@@ -378,10 +382,22 @@ class OtherCacheError(FabrikError):
     exit_code, http_status, code = 1, 409, "other_cache"
 
 
+class SlowError(UsageError):
+    """A request that does not come to its end."""
+
+    http_status = 408
+
+
 class MethodError(UsageError):
     """An HTTP method that a route does not have."""
 
     http_status = 405
+
+
+class UpgradeError(UsageError):
+    """A WebSocket version that is not spoken here."""
+
+    http_status = 426
 
 
 class AlreadyRunningError(FabrikError):
@@ -799,6 +815,8 @@ class Timing(NamedTuple):
     query: float = 5.0  # user SQL
     sync: float = 60.0  # one full list of every cluster
     idle_seq: float = 30.0  # subscribers who hear nothing are told how far the stream is
+    request: float = 30.0  # from a request's first byte to its last
+    ping: float = 30.0  # a WebSocket client that says nothing is asked whether it is there, and twice that is enough
     socket_check: float = 5.0  # whether the socket's file is still there
     stop: float = 1.5  # what the cache gets to write its last, of the 2 s of an orderly stop
     laos_answer: float = 10.0  # until a service of LAOS has answered
@@ -3261,11 +3279,12 @@ class HttpClientCodec:
 
 
 class HttpRequest(NamedTuple):
-    """A whole request; `query` holds each parameter's values."""
+    """A whole request; `query` holds each parameter's values, `headers` have names in lower case."""
 
     method: str
     path: str
     query: dict[str, list[str]]
+    headers: dict[str, str]
     body: bytes
 
 
@@ -3300,10 +3319,19 @@ class HttpServerCodec:
         """Whether the connection can take another request after this response."""
         return self._connection.our_state in (h11.IDLE, h11.DONE, h11.SEND_RESPONSE, h11.SEND_BODY)
 
-    def head(self, status: int, content_type: str) -> bytes:
+    @property
+    def is_partial(self) -> bool:
+        """Whether a request has begun and not ended."""
+        return self._connection.their_state is h11.SEND_BODY or bool(self._connection.trailing_data[0])
+
+    def head(self, status: int, headers: Iterable[tuple[str, str]]) -> bytes:
         """Return the head of a response whose body comes in chunks."""
-        headers = [("Content-Type", content_type), ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff")]
-        return self._send(h11.Response(status_code=status, headers=headers))
+        return self._send(h11.Response(status_code=status, headers=[*headers, ("X-Content-Type-Options", "nosniff")]))
+
+    def switch(self, headers: Iterable[tuple[str, str]]) -> tuple[bytes, bytes]:
+        """Return the response that leaves HTTP (101), and what the client has sent in the new protocol already."""
+        sent = self._send(h11.InformationalResponse(status_code=101, headers=list(headers)))
+        return sent, bytes(self._connection.trailing_data[0])
 
     def chunk(self, data: bytes) -> bytes:
         """Return a part of a response's body."""
@@ -3327,14 +3355,24 @@ class HttpServerCodec:
                 if len(self._body) > REQUEST_MAX_BYTES:
                     raise ProtocolError(f"a request of over {REQUEST_MAX_BYTES} bytes")
             elif isinstance(event, h11.EndOfMessage) and self._request is not None:
-                path, _, query = self._request.target.decode("latin-1").partition("?")
-                parameters = urllib.parse.parse_qs(query, keep_blank_values=True)
-                method = self._request.method.decode("latin-1")
-                yield HttpRequest(method, urllib.parse.unquote(path), parameters, self._body)
+                yield self._whole(self._request)
             else:
                 return
             if self._connection.our_state is h11.SEND_RESPONSE and self._connection.client_is_waiting_for_100_continue:
                 raise ProtocolError("Expect: 100-continue is not supported")
+
+    def _whole(self, request: h11.Request) -> HttpRequest:
+        path, _, query = request.target.decode("latin-1").partition("?")
+        parameters = urllib.parse.parse_qs(query, keep_blank_values=True)
+        headers: dict[str, str] = {}
+        for name, value in request.headers:
+            key, text = name.decode("latin-1"), value.decode("latin-1")
+            headers[key] = f"{headers[key]}, {text}" if key in headers else text
+        if "transfer-encoding" in headers and "content-length" in headers:
+            raise ProtocolError("a request with two lengths")  # RFC 9112, 6.1: how requests are smuggled past proxies
+        return HttpRequest(
+            request.method.decode("latin-1"), urllib.parse.unquote(path), parameters, headers, self._body
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3922,6 +3960,109 @@ class WatchMachine:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# WebSocket
+# ----------------------------------------------------------------------------------------------------------------------
+
+SUBPROTOCOL: Final = "fabrik.v1"
+WS_NORMAL: Final = 1000  # close codes: RFC 6455, section 7.4.1
+WS_GOING_AWAY: Final = 1001
+WS_PROTOCOL_ERROR: Final = 1002
+WS_UNSUPPORTED: Final = 1003
+WS_TOO_BIG: Final = 1009
+
+
+def wants_websocket(http: HttpRequest) -> bool:
+    """Say whether an HTTP request asks to go on as WebSocket."""
+    return "websocket" in _tokens(http.headers.get("upgrade", "").lower())
+
+
+def accept_websocket(http: HttpRequest) -> list[tuple[str, str]]:
+    """Return the headers that accept a WebSocket (RFC 6455, section 4.2). Raises UsageError.
+
+    Extensions are never taken up: with deflate, 64 KiB inflate to 67 MB. Of the subprotocols only our own is.
+    """
+    headers = http.headers
+    key = headers.get("sec-websocket-key", "")
+    if headers.get("sec-websocket-version", "").strip() != "13":
+        raise UpgradeError("this WebSocket version is not spoken here", "send Sec-WebSocket-Version: 13")
+    if http.method != "GET" or "upgrade" not in _tokens(headers.get("connection", "").lower()):
+        raise UsageError("this is no WebSocket handshake", "send GET with Connection: Upgrade")
+    if len(key) != WEBSOCKET_KEY_CHARS or not key.endswith("=="):
+        raise UsageError("Sec-WebSocket-Key is not 16 bytes in base64")
+    token = wsproto.utilities.generate_accept_token(key.encode("latin-1")).decode("ascii")
+    chosen = SUBPROTOCOL in _tokens(headers.get("sec-websocket-protocol", ""))
+    upgrade = [("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", token)]
+    return [*upgrade, ("Sec-WebSocket-Protocol", SUBPROTOCOL)] if chosen else upgrade
+
+
+class WebSocketCodec:
+    """The server side of WebSocket (RFC 6455) after its handshake: frames in, texts out."""
+
+    def __init__(self) -> None:
+        self._connection = wsproto.connection.Connection(wsproto.connection.ConnectionType.SERVER)
+        self._parts: list[str] = []  # of a message that is not whole
+        self._size = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether messages can still be sent and come."""
+        return self._connection.state is wsproto.connection.ConnectionState.OPEN
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether a message has begun and not ended."""
+        return bool(self._parts)
+
+    def receive(self, data: bytes) -> Iterator[str | bytes]:
+        """Yield each whole text message, and as bytes what must be sent back: pongs, and the close that ends it all."""
+        if not self.is_open:
+            return
+        self._connection.receive_data(data)
+        for event in self._connection.events():
+            if isinstance(event, wsproto.events.TextMessage):
+                yield from self._on_text(event)
+            elif isinstance(event, wsproto.events.Ping):
+                yield self._connection.send(event.response())
+            elif isinstance(event, wsproto.events.CloseConnection):
+                yield self._on_close(event)
+            elif isinstance(event, wsproto.events.BytesMessage):
+                yield self.close(WS_UNSUPPORTED, "requests are text")
+            if not self.is_open:
+                return
+
+    def text(self, data: bytes, *, last: bool) -> bytes:
+        """Return a text message, or a part of one, of UTF-8."""
+        return self._connection.send(wsproto.events.TextMessage(data.decode("utf-8"), message_finished=last))
+
+    def ping(self) -> bytes:
+        """Return a ping, which every client must answer."""
+        return self._connection.send(wsproto.events.Ping())
+
+    def close(self, code: int, reason: str = "") -> bytes:
+        """Return the close that says why nothing more is sent."""
+        return self._connection.send(wsproto.events.CloseConnection(code, reason))
+
+    def _on_text(self, event: wsproto.events.TextMessage) -> Iterator[str | bytes]:
+        self._size += len(event.data)
+        if self._size > REQUEST_MAX_BYTES:
+            self._parts.clear()
+            yield self.close(WS_TOO_BIG, f"a request of over {REQUEST_MAX_BYTES} bytes")
+            return
+        self._parts.append(event.data)
+        if event.message_finished:
+            text, self._parts, self._size = "".join(self._parts), [], 0
+            yield text
+
+    def _on_close(self, event: wsproto.events.CloseConnection) -> bytes:
+        """Answer a close; what does not parse was turned into one, with the code that says why."""
+        return self._connection.send(event.response())
+
+
+def _tokens(header: str) -> list[str]:
+    return [token.strip() for token in header.split(",")]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Requests
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -4121,6 +4262,95 @@ def reply_pieces(reply: Reply, request: JsonObject) -> Iterator[bytes]:
     yield b"]}\n"
 
 
+def _number(request: JsonObject, name: str, default: int) -> int:
+    value = request.get(name, default)
+    number = parse_int(value) if isinstance(value, int) else None
+    if number is None:
+        raise UsageError(f"{name} must be a whole number, 0 or more")
+    return number
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Requests: framings
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Access(Protocol):
+    """What the clients of one listener may do."""
+
+    speaks_lines: bool  # JSON lines, besides HTTP and WebSocket
+
+    def check_http(self, http: HttpRequest) -> None:
+        """Let an HTTP request or a WebSocket handshake pass. Raises FabrikError."""
+
+    def check(self, request: JsonObject) -> None:
+        """Let a request pass, whichever framing it came in. Raises FabrikError."""
+
+
+class FullAccess:
+    """Everything: for those whom the listener has known before it let them in."""
+
+    speaks_lines = True
+
+    def check_http(self, http: HttpRequest) -> None:
+        """Let every HTTP request pass."""
+
+    def check(self, request: JsonObject) -> None:
+        """Let every request pass."""
+
+
+class Switch(NamedTuple):
+    """The client goes on in another framing: what to answer it, and what it has sent in that framing already."""
+
+    framing: Framing
+    reply: bytes
+    rest: bytes
+
+
+Said = Union[JsonObject, FabrikError, bytes, Switch]  # a request, why it is none, or what must be sent back at once
+
+
+class Framing(Protocol):
+    """How the requests of one client come, and how its answers go."""
+
+    @property
+    def singly(self) -> bool:
+        """Whether the client must have read one message before it is sent the next."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the client can send more requests."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the answer to one request must end before the next is looked at."""
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether a request has begun and not ended."""
+
+    def receive(self, data: bytes) -> Iterator[Said]:
+        """Yield what the client said; empty data: it says no more. Raises ProtocolError."""
+
+    def following(self) -> Iterator[Said]:
+        """Yield what came meanwhile, once an answer is through. Raises ProtocolError."""
+
+    def answer(self, answer: Reply | Subscribed | FabrikError, request: JsonObject) -> Iterator[bytes]:
+        """Yield what answers a request; of a subscription, what comes before its lines."""
+
+    def line(self, line: bytes) -> bytes:
+        """Return what tells a subscriber one line."""
+
+    def ping(self) -> bytes:
+        """Return what makes a client that is there say so, where the framing has such a thing."""
+
+    def refuse(self, error: FabrikError) -> bytes:
+        """Return what tells a client that it does not keep to the protocol; nothing follows."""
+
+    def end(self, code: int) -> bytes:
+        """Return what ends the connection in order."""
+
+
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
@@ -4159,6 +4389,11 @@ class RequestDecoder:
             yield taken
         self._check_length()
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether a request has begun and not ended."""
+        return bool(self._text) and not self._text.isspace()
+
     def _check_length(self) -> None:
         if len(self._text) > REQUEST_MAX_BYTES:
             self._text = ""
@@ -4195,12 +4430,9 @@ def request_from_http(http: HttpRequest) -> JsonObject:
     if http.method not in allowed:
         raise MethodError(f"{clip(http.method)} is not possible here", f"use {allowed[0]}")
     if http.body:
-        try:
-            said = _REQUEST_JSON.decode(http.body.decode("utf-8", "replace"))
-        except (ValueError, RecursionError):
-            said = None
-        if not isinstance(said, dict):
-            raise UsageError("the body is no JSON object")
+        said = request_from_text(http.body.decode("utf-8", "replace"))
+        if isinstance(said, UsageError):
+            raise said
         request = {**said, **request}
     return {**_query_parameters(http.query), **request}
 
@@ -4235,12 +4467,204 @@ def _query_parameters(query: Mapping[str, list[str]]) -> JsonObject:
     return said
 
 
-def _number(request: JsonObject, name: str, default: int) -> int:
-    value = request.get(name, default)
-    number = parse_int(value) if isinstance(value, int) else None
-    if number is None:
-        raise UsageError(f"{name} must be a whole number, 0 or more")
-    return number
+def framing_for(data: bytes, access: Access) -> Framing:
+    """Return the framing of a client that begins with these bytes."""
+    return HttpFraming(access) if data[:1].isalpha() or not access.speaks_lines else LinesFraming()
+
+
+class LinesFraming:
+    """JSON lines: a request is one JSON object, an answer is one line."""
+
+    is_open = True
+    is_busy = False
+
+    def __init__(self) -> None:
+        self._decoder = RequestDecoder()
+
+    @property
+    def singly(self) -> bool:
+        """The spec's own client, known by its missing newline, takes each piece that it reads for one message."""
+        return self._decoder.is_unfinished
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether a request has begun and not ended."""
+        return self._decoder.is_partial
+
+    def receive(self, data: bytes) -> Iterator[Said]:
+        """Yield requests, and an error for each line that is none. Raises ProtocolError."""
+        return self._decoder.receive(data)
+
+    def following(self) -> Iterator[Said]:
+        """Return nothing: requests need not wait for each other here."""
+        return iter(())
+
+    def answer(self, answer: Reply | Subscribed | FabrikError, request: JsonObject) -> Iterator[bytes]:
+        """Yield a reply or an error."""
+        return _answer_pieces(answer, request)
+
+    def line(self, line: bytes) -> bytes:
+        """Return a subscriber's line as it is."""
+        return line
+
+    def ping(self) -> bytes:
+        """Return nothing: the connection's end is all that tells."""
+        return b""
+
+    def refuse(self, error: FabrikError) -> bytes:
+        """Return the error."""
+        return format_line(error_message(error, {}))
+
+    def end(self, _code: int) -> bytes:
+        """Return nothing: the connection just ends."""
+        return b""
+
+
+class HttpFraming:
+    """HTTP/1.1: one request after the other; a subscription's answer goes on until the client hangs up."""
+
+    singly = False
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
+        self._codec = HttpServerCodec()
+        self._http: HttpRequest | None = None  # which is being answered
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the connection can take another request."""
+        return self._codec.is_open
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a response has not ended."""
+        return self._http is not None
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether a request has begun and not ended."""
+        return self._http is None and self._codec.is_partial
+
+    def receive(self, data: bytes) -> Iterator[Said]:
+        """Yield the request that is whole, or why it cannot be met. Raises ProtocolError."""
+        return map(self._said, self._codec.receive(data))
+
+    def following(self) -> Iterator[Said]:
+        """Yield the request that came meanwhile. Raises ProtocolError."""
+        return map(self._said, self._codec.next_requests())
+
+    def answer(self, answer: Reply | Subscribed | FabrikError, request: JsonObject) -> Iterator[bytes]:
+        """Yield a response; of a subscription, its head."""
+        status = answer.http_status if isinstance(answer, FabrikError) else 200
+        kind = "application/x-ndjson" if isinstance(answer, Subscribed) else "application/json"
+        yield self._codec.head(status, [("Content-Type", kind), ("Cache-Control", "no-store")])
+        if isinstance(answer, Subscribed):
+            return
+        yield from map(self._codec.chunk, _answer_pieces(answer, request))
+        yield self._codec.end()
+        self._http = None
+
+    def line(self, line: bytes) -> bytes:
+        """Return a chunk."""
+        return self._codec.chunk(line)
+
+    def ping(self) -> bytes:
+        """Return nothing: HTTP has no such thing."""
+        return b""
+
+    def refuse(self, error: FabrikError) -> bytes:
+        """Return an error response, where none is on its way."""
+        if self._http is not None:
+            return b""
+        told = format_line(error_message(error, {}))
+        reason = {408: "Request Timeout"}.get(error.http_status, "Bad Request")
+        head = f"HTTP/1.1 {error.http_status} {reason}\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        return f"{head}Content-Length: {len(told)}\r\n\r\n".encode() + told
+
+    def end(self, _code: int) -> bytes:
+        """Return nothing: a response that lacks its last chunk is known to be cut off."""
+        return b""
+
+    def _said(self, http: HttpRequest) -> Said:
+        self._http = http
+        try:
+            self._access.check_http(http)
+            request = request_from_http(http)
+            if not wants_websocket(http):
+                return request
+            if request["action"] != "subscribe":
+                raise UsageError("there is no WebSocket here", "use /v1/stream")
+            reply, rest = self._codec.switch(accept_websocket(http))
+        except FabrikError as error:
+            return error
+        return Switch(WebSocketFraming(), reply, rest)
+
+
+class WebSocketFraming:
+    """WebSocket: a request is a text message, and so is every answer and every line of a subscription."""
+
+    singly = False
+    is_busy = False
+
+    def __init__(self) -> None:
+        self._codec = WebSocketCodec()
+        self._ended = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether neither end has closed."""
+        return self._codec.is_open and not self._ended
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether a request has begun and not ended."""
+        return self._codec.is_partial
+
+    def receive(self, data: bytes) -> Iterator[Said]:
+        """Yield requests, what is none, and what must be sent back."""
+        self._ended = not data
+        for said in self._codec.receive(data):
+            yield said if isinstance(said, bytes) else request_from_text(said)
+
+    def following(self) -> Iterator[Said]:
+        """Return nothing: requests need not wait for each other here."""
+        return iter(())
+
+    def answer(self, answer: Reply | Subscribed | FabrikError, request: JsonObject) -> Iterator[bytes]:
+        """Yield a reply or an error as one message, in fragments where it is long."""
+        return map(self.line, _answer_pieces(answer, request))
+
+    def line(self, line: bytes) -> bytes:
+        """Return a message; a line without its end is a part of one."""
+        last = line.endswith(b"\n")
+        return self._codec.text(line[:-1] if last else line, last=last)
+
+    def ping(self) -> bytes:
+        """Return a ping."""
+        return self._codec.ping()
+
+    def refuse(self, error: FabrikError) -> bytes:
+        """Return the close that tells the error."""
+        return self._codec.close(WS_PROTOCOL_ERROR, error.message)
+
+    def end(self, code: int) -> bytes:
+        """Return the close that ends the connection in order."""
+        return self._codec.close(code) if self.is_open else b""
+
+
+def _answer_pieces(answer: Reply | Subscribed | FabrikError, request: JsonObject) -> Iterator[bytes]:
+    if isinstance(answer, FabrikError):
+        return iter([format_line(error_message(answer, request))])
+    return reply_pieces(answer, request) if isinstance(answer, Reply) else iter(())
+
+
+def request_from_text(text: str) -> JsonObject | UsageError:
+    """Return the request that a text is, or the error that says why it is none."""
+    try:
+        said = _REQUEST_JSON.decode(text)
+    except (ValueError, RecursionError):
+        return UsageError(f"this is no JSON: {clip(text[:60])!r}", 'send one object: {"action": "status"}')
+    return said if isinstance(said, dict) else UsageError("a request is a JSON object", 'write {"action": "status"}')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -6904,322 +7328,92 @@ def route_of(connection: Connection) -> Route:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Server
+# Server: listeners
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class _Outbox:
-    """What is still to be sent on a connection: answers in pieces, then what subscriptions have to tell."""
+class Listener:
+    """Accepts connections on a listening socket, some at a time."""
 
-    def __init__(self, stream: Stream) -> None:
-        self._stream = stream
-        self._answers: deque[Iterator[bytes]] = deque()
-        self.subscriptions: list[Subscription] = []
-
-    def put(self, answer: Iterable[bytes]) -> None:
-        """Send an answer after those before it."""
-        self._answers.append(iter(answer))
-
-    @property
-    def is_full(self) -> bool:
-        """Whether the client has asked for more than it reads."""
-        return len(self._answers) >= ANSWERS_WAITING
-
-    def pump(self, wrap: Callable[[bytes], bytes], *, singly: bool) -> bool:
-        """Send until the client must read first, `singly` each line; return whether nothing is left."""
-        while self._stream.pending_bytes < OUTPUT_HIGH_BYTES:
-            if singly and self._stream.is_unread:
-                return False
-            piece = self._next()
-            if piece is None:
-                return True
-            self._stream.send(wrap(piece))
-        return False
-
-    def _next(self) -> bytes | None:
-        while self._answers:
-            piece = next(self._answers[0], None)
-            if piece is not None:
-                return piece
-            self._answers.popleft()
-        for subscription in self.subscriptions:
-            piece = subscription.take()
-            if piece is not None:
-                return piece
-        return None
-
-
-class ServerConnection:
-    """One client: JSON lines or HTTP, told apart by the first byte."""
-
-    def __init__(self, server: Server, sock: socket.socket) -> None:
-        self._server = server
-        self._stream = Stream(server.reactor, self)
-        self._outbox = _Outbox(self._stream)
-        self._lines: RequestDecoder | None = None
-        self._requests: Iterator[JsonObject | UsageError] = iter(())  # that came and wait to be looked at
-        self._http: HttpServerCodec | None = None
-        self._responding = False  # over HTTP: a response is on its way
-        self._waiting = 0  # answers that are being made
-        self._poll: Timer | None = None  # until the client has read
-        self._poll_s = UNREAD_POLL_S
-        self._ended = False  # the client sends no more
-        self._stream.adopt(sock)
-
-    def on_open(self) -> None:
-        """Do nothing: the client speaks first."""
-
-    def on_data(self, data: bytes) -> None:
-        """Take in what the client sent; empty: it sends no more, but may still read."""
-        self._ended = self._ended or not data
-        try:
-            if self._lines is None and self._http is None and data:
-                if data[:1].isalpha():
-                    self._http = HttpServerCodec()
-                else:
-                    self._lines = RequestDecoder()
-            if self._http is not None:
-                for http in self._http.receive(data):
-                    self._on_http(http)
-            elif self._lines is not None:
-                self._requests = itertools.chain(self._requests, self._lines.receive(data))
-        except ProtocolError as error:
-            self._refuse(error)
-        self.pump()
-
-    def on_drained(self) -> None:
-        """Take in that the client has room again."""
-        self.pump()
-
-    def on_error(self, error: str) -> None:
-        """Take in that the client is gone."""
-        del error
-        self._server.forget(self)
-
-    def close(self) -> None:
-        """Close, whatever is still to be sent."""
-        self._stream.close()
-        self._server.forget(self)
-
-    def pump(self) -> None:
-        """Send what there is to send; a client that has ended and has everything is done with."""
-        while not self._stream.is_closed:
-            room = self._send_waiting()
-            if not (self._take_request() or (room and self._go_on())):
-                break
-        if self._stream.is_closed or self._outbox.is_full or self._waiting >= ANSWERS_WAITING:
-            return
-        done = self._ended and not self._waiting and not self._outbox.subscriptions
-        if done and not self._stream.pending_bytes:
-            self.close()
-
-    def _send_waiting(self) -> bool:
-        """Send what waits; return whether that is all of it."""
-        # The spec's own client, known by its missing newline, takes each piece that it reads for one message.
-        singly = self._lines is not None and self._lines.is_unfinished
-        if self._outbox.pump(self._http.chunk if self._http is not None else bytes, singly=singly):
-            return True
-        if singly and self._poll is None:
-            self._poll = self._server.reactor.call_later(self._poll_s, self._on_poll)
-            self._poll_s = min(2 * self._poll_s, UNREAD_POLL_MAX_S)
-        return False
-
-    def _on_poll(self) -> None:
-        self._poll = None
-        if not self._stream.is_closed:
-            self._poll_s = self._poll_s if self._stream.is_unread else UNREAD_POLL_S
-            self.pump()
-
-    def _take_request(self) -> bool:
-        """Answer the next request of a client that reads its answers; say whether there was one."""
-        if self._outbox.is_full or self._waiting >= ANSWERS_WAITING:
-            self._stream.pause()
-            return False
-        try:
-            request = next(self._requests, None)
-        except ProtocolError as error:
-            self._refuse(error)
-            return True
-        if request is not None:
-            self._on_request(request)
-        elif not self._ended:
-            self._stream.resume()
-        return request is not None
-
-    def _go_on(self) -> bool:
-        """Over HTTP, end a response that is whole and take up the next request; say whether there was one."""
-        if self._http is None or not self._responding or self._waiting or self._outbox.subscriptions:
-            return False
-        self._responding = False
-        self._stream.send(self._http.end())
-        try:
-            for http in self._http.next_requests():
-                self._on_http(http)
-        except ProtocolError as error:
-            self._refuse(error)
-        self._ended = self._ended or (self._http is not None and not self._http.is_open)
-        return self._responding
-
-    @property
-    def subscriptions(self) -> Sequence[Subscription]:
-        """What the client is told."""
-        return self._outbox.subscriptions
-
-    def _on_request(self, request: JsonObject | UsageError) -> None:
-        if isinstance(request, UsageError):
-            self._outbox.put([format_line(error_message(request, {}))])
-            return
-        try:
-            answer = self._server.requests.answer(request)
-        except FabrikError as error:
-            self._outbox.put([format_line(error_message(error, request))])
-            return
-        self._send(answer, request)
-
-    def _on_http(self, http: HttpRequest) -> None:
-        codec = self._http
-        if codec is None:
-            return
-        self._responding = True
-        request: JsonObject = {}
-        try:
-            request = request_from_http(http)
-            answer = self._server.requests.answer(request)
-        except FabrikError as error:
-            self._stream.send(codec.head(error.http_status, "application/json"))
-            self._outbox.put([format_line(error_message(error, request))])
-            return
-        if isinstance(answer, Later):
-            self._later(answer, request, lambda status: self._stream.send(codec.head(status, "application/json")))
-            return
-        kind = "application/x-ndjson" if isinstance(answer, Subscribed) else "application/json"
-        self._stream.send(codec.head(200, kind))
-        self._send(answer, request)
-
-    def _send(self, answer: Answer, request: JsonObject) -> None:
-        if isinstance(answer, Reply):
-            self._outbox.put(reply_pieces(answer, request))
-        elif isinstance(answer, Subscribed):
-            self._outbox.subscriptions.append(answer.subscription)
-            self._server.listen(answer.subscription, self)
-        else:
-            self._later(answer, request, lambda status: None)
-
-    def _later(self, later: Later, request: JsonObject, begin: Callable[[int], None]) -> None:
-        self._waiting += 1
-
-        def done(reply: Any, error: BaseException | None) -> None:
-            self._waiting -= 1
-            if self._stream.is_closed:
-                return
-            if error is None:
-                begin(200)
-                self._outbox.put(reply_pieces(reply, request))
-            else:
-                told = error if isinstance(error, FabrikError) else FabrikError(f"a defect: {error}")
-                begin(told.http_status)
-                self._outbox.put([format_line(error_message(told, request))])
-            self.pump()
-
-        self._server.reactor.run_blocking(later.work, done)
-
-    def _refuse(self, error: ProtocolError) -> None:
-        """Tell a client that does not keep to the protocol, once, and close when it has read that."""
-        told = format_line(error_message(UsageError(error.message), {}))
-        if self._http is None:
-            self._outbox.put([told])
-        elif not self._responding:
-            head = "HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nConnection: close\r\n"
-            self._stream.send(f"{head}Content-Length: {len(told)}\r\n\r\n".encode() + told)
-            self._http = None
-        self._ended = True
-        self._stream.pause()
-
-
-class Server:
-    """The listener on the Unix socket, and its connections."""
-
-    def __init__(self, reactor: Reactor, requests: Requests, unsubscribe: Callable[[Subscription], None]) -> None:
-        self.reactor = reactor
-        self.requests = requests
-        self._unsubscribe = unsubscribe
-        self._listener: socket.socket | None = None
-        self._path = ""
-        self._inode = (0, 0)
-        self._connections: dict[ServerConnection, None] = {}
-        self._listeners: dict[Subscription, ServerConnection] = {}
-
-    def open(self, path: str) -> None:
-        """Listen at a path, in place of a stale socket. Raises SocketError."""
-        self._listener = bind_private(path)
-        self._path = path
-        found = os.stat(path)
-        self._inode = found.st_dev, found.st_ino
+    def __init__(self, reactor: Reactor, sock: socket.socket, admit: Callable[[socket.socket], None]) -> None:
+        self._reactor = reactor
+        self._socket: socket.socket | None = sock
+        self._admit = admit
         self._listen()
 
-    def keep(self) -> None:
-        """Make the socket again where its file has vanished or is another's now. Raises SocketError."""
-        with contextlib.suppress(OSError):
-            found = os.stat(self._path)
-            if (found.st_dev, found.st_ino) == self._inode:
-                return
-        self._close_listener()
-        self.open(self._path)
-
     def close(self) -> None:
-        """Close the listener and every connection."""
-        with contextlib.suppress(OSError):
-            found = os.stat(self._path)
-            if (found.st_dev, found.st_ino) == self._inode:
-                os.unlink(self._path)
-        self._close_listener()
-        for connection in list(self._connections):
-            connection.close()
+        """Listen no more."""
+        if self._socket is not None:
+            self._reactor.unregister(self._socket)
+            self._socket.close()
+            self._socket = None
 
-    def wake(self, subscriptions: Iterable[Subscription]) -> None:
-        """Send what subscriptions have to tell."""
-        for connection in {self._listeners[one]: None for one in subscriptions if one in self._listeners}:
-            connection.pump()
-
-    def listen(self, subscription: Subscription, connection: ServerConnection) -> None:
-        """Note whose a subscription is."""
-        self._listeners[subscription] = connection
-
-    def forget(self, connection: ServerConnection) -> None:
-        """Let go of a connection that is closed."""
-        self._connections.pop(connection, None)
-        for subscription in connection.subscriptions:
-            self._listeners.pop(subscription, None)
-            self._unsubscribe(subscription)
+    def _listen(self) -> None:
+        if self._socket is not None:
+            self._reactor.register(self._socket, selectors.EVENT_READ, self._on_ready)
 
     def _on_ready(self, _events: int) -> None:
-        listener = self._listener
         for _ in range(ACCEPTS_PER_TURN):
-            if listener is None:
+            if self._socket is None:
                 return
             try:
-                sock, _address = listener.accept()
+                sock, _address = self._socket.accept()
             except BlockingIOError:
                 return
             except OSError:  # no descriptor is left: without a pause the loop would do nothing but try
-                self.reactor.unregister(listener)
-                self.reactor.call_later(ACCEPT_PAUSE_S, self._listen)
+                self._reactor.unregister(self._socket)
+                self._reactor.call_later(ACCEPT_PAUSE_S, self._listen)
                 return
-            if len(self._connections) >= CONNECTIONS_MAX or peer_uid(sock) not in (os.geteuid(), 0):
-                sock.close()
-                continue
             sock.setblocking(False)
-            self._connections[ServerConnection(self, sock)] = None
+            self._admit(sock)
 
-    def _listen(self) -> None:
-        if self._listener is not None:
-            self.reactor.register(self._listener, selectors.EVENT_READ, self._on_ready)
+
+class UnixListener:
+    """The listener at a path, which lets in its owner and root, and whose file it keeps there."""
+
+    def __init__(self, reactor: Reactor, admit: Callable[[socket.socket], None]) -> None:
+        self._reactor = reactor
+        self._admit = admit
+        self._listener: Listener | None = None
+        self._path = ""
+        self._inode = (0, 0)
+
+    def open(self, path: str) -> None:
+        """Listen at a path, in place of a stale socket. Raises SocketError."""
+        self._listener = Listener(self._reactor, bind_private(path), self._on_accept)
+        self._path = path
+        found = os.stat(path)
+        self._inode = found.st_dev, found.st_ino
+
+    def keep(self) -> None:
+        """Make the socket again where its file has vanished or is another's now. Raises SocketError."""
+        if not self._is_in_place():
+            self._close_listener()
+            self.open(self._path)
+
+    def close(self) -> None:
+        """Listen no more, and take the file away."""
+        if self._is_in_place():
+            os.unlink(self._path)
+        self._close_listener()
+
+    def _is_in_place(self) -> bool:
+        try:
+            found = os.stat(self._path)
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == self._inode
 
     def _close_listener(self) -> None:
         if self._listener is not None:
-            self.reactor.unregister(self._listener)
             self._listener.close()
             self._listener = None
+
+    def _on_accept(self, sock: socket.socket) -> None:
+        if peer_uid(sock) in (os.geteuid(), 0):
+            self._admit(sock)
+        else:
+            sock.close()
 
 
 def socket_candidates(settings: Settings) -> list[str]:
@@ -7324,6 +7518,306 @@ def peer_uid(sock: socket.socket) -> int:
 
 
 _PRIVATE_SUFFIX: Final = "/.f12345678/s"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Server
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class _Outbox:
+    """What is still to be sent on a connection: answers in pieces, then what subscriptions have to tell."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._answers: deque[Iterator[bytes]] = deque()
+        self.subscriptions: list[Subscription] = []
+
+    def put(self, answer: Iterable[bytes]) -> None:
+        """Send an answer, in the connection's framing, after those before it."""
+        self._answers.append(iter(answer))
+
+    def clear(self) -> None:
+        """Send nothing more."""
+        self._answers.clear()
+        self.subscriptions.clear()
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether an answer has not been sent to its end."""
+        return bool(self._answers)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the client has asked for more than it reads."""
+        return len(self._answers) >= ANSWERS_WAITING
+
+    def pump(self, framing: Framing) -> bool:
+        """Send until the client must read first; return whether nothing is left."""
+        while not self.has_to_wait(framing):
+            piece = self._next(framing)
+            if piece is None:
+                return True
+            self._stream.send(piece)
+        return False
+
+    def has_to_wait(self, framing: Framing) -> bool:
+        """Say whether the client must read first."""
+        return self._stream.pending_bytes >= OUTPUT_HIGH_BYTES or (framing.singly and self._stream.is_unread)
+
+    def _next(self, framing: Framing) -> bytes | None:
+        while self._answers:
+            piece = next(self._answers[0], None)
+            if piece is not None:
+                return piece
+            self._answers.popleft()
+        for subscription in self.subscriptions:
+            line = subscription.take()
+            if line is not None:
+                return framing.line(line)
+        return None
+
+
+class ServerConnection:
+    """One client: what it says becomes requests, and their answers go back in its framing."""
+
+    def __init__(self, server: Server, sock: socket.socket, access: Access) -> None:
+        self._server = server
+        self._access = access
+        self._stream = Stream(server.reactor, self)
+        self._outbox = _Outbox(self._stream)
+        self._framing: Framing | None = None  # until the first byte tells
+        self._inbox: deque[bytes] = deque()  # that was not looked at; b"" is the end
+        self._said: Iterator[Said] = iter(())
+        self._waiting = 0  # answers that are being made
+        self._poll: Timer | None = None  # until the client has read
+        self._poll_s = UNREAD_POLL_S
+        self._ended = False  # the client sends no more
+        self._over = False  # nor is it told more
+        self._heard_at = server.reactor.now()
+        self._partial_since: float | None = None  # a request that has begun and not ended
+        self._stream.adopt(sock)
+
+    def on_open(self) -> None:
+        """Do nothing: the client speaks first."""
+
+    def on_data(self, data: bytes) -> None:
+        """Take in what the client sent; empty: it sends no more, but may still read."""
+        self._ended = self._ended or not data
+        self._heard_at = self._server.reactor.now()
+        if self._framing is None and data:
+            self._framing = framing_for(data, self._access)
+        if not self._over:
+            self._inbox.append(data)
+        self.pump()
+
+    def on_drained(self) -> None:
+        """Take in that the client has room again."""
+        self.pump()
+
+    def on_error(self, error: str) -> None:
+        """Take in that the client is gone."""
+        del error
+        self._server.forget(self)
+
+    @property
+    def subscriptions(self) -> Sequence[Subscription]:
+        """What the client is told."""
+        return self._outbox.subscriptions
+
+    def close(self) -> None:
+        """Close, whatever is still to be sent."""
+        if self._framing is not None and not self._stream.is_closed:
+            self._stream.send(self._framing.end(WS_GOING_AWAY))
+        self._stream.close()
+        self._server.forget(self)
+
+    def pump(self) -> None:
+        """Send what there is to send and take in what there is room for; close where all is done."""
+        framing = self._framing
+        while not self._stream.is_closed and framing is not None:
+            self._send_waiting(framing)
+            if not self._take_in(framing):
+                break
+            framing = self._framing or framing
+        if self._stream.is_closed or self._stream.pending_bytes:
+            return
+        busy = self._waiting or self._inbox or self._outbox.is_waiting or (framing is not None and framing.is_busy)
+        if (self._over or (self._ended and not self.subscriptions)) and (framing is None or not busy):
+            self.close()
+
+    def check_time(self, now: float, timing: Timing) -> None:
+        """Ask a client that is silent whether it is there; let go of one that does not answer, or never ends."""
+        framing = self._framing
+        if framing is None or self._stream.is_closed or self._over:
+            return
+        if self._partial_since is not None and now - self._partial_since > timing.request:
+            self._refuse(SlowError(f"a request must come within {timing.request:g} s"))
+            self.pump()
+        elif now - self._heard_at > timing.ping and not self._stream.pending_bytes:
+            ping = framing.ping()
+            self._stream.send(ping)
+            if ping and now - self._heard_at > 2 * timing.ping:
+                self.close()
+
+    def _send_waiting(self, framing: Framing) -> None:
+        """Send what waits; where the client must read one message first, come again when it may have."""
+        if not self._outbox.pump(framing) and framing.singly and self._poll is None:
+            self._poll = self._server.reactor.call_later(self._poll_s, self._on_poll)
+            self._poll_s = min(2 * self._poll_s, UNREAD_POLL_MAX_S)
+
+    def _on_poll(self) -> None:
+        self._poll = None
+        if not self._stream.is_closed:
+            self._poll_s = self._poll_s if self._stream.is_unread else UNREAD_POLL_S
+            self.pump()
+
+    def _take_in(self, framing: Framing) -> bool:
+        """Look at the next thing a client said that reads its answers; say whether there was one."""
+        if self._outbox.is_full or self._waiting >= ANSWERS_WAITING or framing.is_busy or self._over:
+            if self._inbox:
+                self._stream.pause()
+            return False
+        try:
+            said = self._next_said(framing)
+        except ProtocolError as error:
+            self._refuse(UsageError(error.message))
+            return True
+        if said is not None:
+            self._on_said(framing, said)
+            return True
+        self._partial_since = (self._partial_since or self._heard_at) if framing.is_partial else None
+        if not framing.is_open:
+            self._finish()
+        elif not self._ended:
+            self._stream.resume()
+        return False
+
+    def _next_said(self, framing: Framing) -> Said | None:
+        said = next(self._said, None)
+        if said is None:
+            self._said = framing.following()
+            said = next(self._said, None)
+        while said is None and self._inbox:
+            self._said = framing.receive(self._inbox.popleft())
+            said = next(self._said, None)
+        return said
+
+    def _on_said(self, framing: Framing, said: Said) -> None:
+        if isinstance(said, bytes):
+            self._stream.send(said)
+            if not framing.is_open:
+                self._finish()
+        elif isinstance(said, Switch):
+            self._framing, self._said = said.framing, iter(())
+            self._stream.send(said.reply)
+            if said.rest:
+                self._inbox.appendleft(said.rest)
+        elif isinstance(said, FabrikError):
+            self._outbox.put(framing.answer(said, {}))
+        else:
+            self._on_request(framing, said)
+
+    def _on_request(self, framing: Framing, request: JsonObject) -> None:
+        try:
+            self._access.check(request)
+            answer = self._server.requests.answer(request)
+        except FabrikError as error:
+            self._outbox.put(framing.answer(error, request))
+            return
+        if isinstance(answer, Later):
+            self._make(framing, answer, request)
+            return
+        self._outbox.put(framing.answer(answer, request))
+        if isinstance(answer, Subscribed):
+            self._outbox.subscriptions.append(answer.subscription)
+            self._server.listen(answer.subscription, self)
+
+    def _make(self, framing: Framing, later: Later, request: JsonObject) -> None:
+        self._waiting += 1
+
+        def done(reply: Any, error: BaseException | None) -> None:
+            self._waiting -= 1
+            if self._stream.is_closed or not framing.is_open:
+                return
+            if error is not None:
+                reply = error if isinstance(error, FabrikError) else FabrikError(f"a defect: {error}")
+            self._outbox.put(framing.answer(reply, request))
+            self.pump()
+
+        self._server.reactor.run_blocking(later.work, done)
+
+    def _refuse(self, error: FabrikError) -> None:
+        """Tell a client that does not keep to the protocol, once, and close when it has read that."""
+        if self._framing is not None:
+            self._outbox.put([self._framing.refuse(error)])
+        self._inbox.clear()
+        self._said = iter(())
+        self._over = True
+        self._stream.pause()
+
+    def _finish(self) -> None:
+        """Tell no more; close when the client has read what was sent."""
+        self._server.release(self)
+        self._outbox.clear()
+        self._inbox.clear()
+        self._over = True
+
+
+class Server:
+    """The connections of every listener, and what they are told."""
+
+    def __init__(
+        self, reactor: Reactor, requests: Requests, unsubscribe: Callable[[Subscription], None], timing: Timing
+    ) -> None:
+        self.reactor = reactor
+        self.requests = requests
+        self._timing = timing
+        self._unsubscribe = unsubscribe
+        self._unix = UnixListener(reactor, lambda sock: self.admit(sock, FullAccess()))
+        self._connections: dict[ServerConnection, None] = {}
+        self._listeners: dict[Subscription, ServerConnection] = {}
+        self.open = self._unix.open
+        self.keep = self._unix.keep
+        reactor.call_every(min(timing.request, timing.ping) / 2, self._check_time)
+
+    def admit(self, sock: socket.socket, access: Access) -> None:
+        """Serve a connection that was accepted; it does not block."""
+        if len(self._connections) >= CONNECTIONS_MAX:
+            sock.close()
+        else:
+            self._connections[ServerConnection(self, sock, access)] = None
+
+    def close(self) -> None:
+        """Close the listener and every connection."""
+        self._unix.close()
+        for connection in list(self._connections):
+            connection.close()
+
+    def wake(self, subscriptions: Iterable[Subscription]) -> None:
+        """Send what subscriptions have to tell."""
+        for connection in {self._listeners[one]: None for one in subscriptions if one in self._listeners}:
+            connection.pump()
+
+    def listen(self, subscription: Subscription, connection: ServerConnection) -> None:
+        """Note whose a subscription is."""
+        self._listeners[subscription] = connection
+
+    def forget(self, connection: ServerConnection) -> None:
+        """Let go of a connection that is closed."""
+        self._connections.pop(connection, None)
+        self.release(connection)
+
+    def release(self, connection: ServerConnection) -> None:
+        """Tell a connection no more."""
+        for subscription in connection.subscriptions:
+            self._listeners.pop(subscription, None)
+            self._unsubscribe(subscription)
+
+    def _check_time(self) -> None:
+        now = self.reactor.now()
+        for connection in list(self._connections):
+            connection.check_time(now, self._timing)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -7693,7 +8187,7 @@ class Daemon:
         self._reactor = Reactor(self._log)
         self._credentials = Credentials(self._reactor, settings.timing)
         self._follower = Follower(self.store, self.cache, self.bus, self._log)
-        self._server = Server(self._reactor, Requests(DaemonKnowledge(self)), self._unsubscribe)
+        self._server = Server(self._reactor, Requests(DaemonKnowledge(self)), self._unsubscribe, settings.timing)
         self._follower.on_news = self._server.wake
         self._follower.on_settled = self._on_settled
         self.ring.wake = lambda subscriptions: self._reactor.call_soon(lambda: self._server.wake(subscriptions))

@@ -8,8 +8,10 @@ import socket
 import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+import websocket
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -163,3 +165,45 @@ def http_stream(path: str | Path, target: str) -> Iterator[Message]:
             yield json.loads(line)
     finally:
         connection.close()
+
+
+class WebSocketClient:
+    """One WebSocket to the socket, spoken by websocket-client."""
+
+    def __init__(self, path: str | Path, target: str = "/v1/stream", subprotocols: Sequence[str] = ()) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket.settimeout(ANSWER_S)
+        try:
+            self.socket.connect(str(path))
+            url = f"ws://localhost{target}"
+            self.connection = websocket.create_connection(url, socket=self.socket, subprotocols=list(subprotocols))
+        except (OSError, websocket.WebSocketException):
+            self.socket.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hang up without a word."""
+        self.socket.close()
+
+    def request(self, action: str, **fields: Any) -> None:
+        """Send a request."""
+        self.connection.send(json.dumps({"action": action, **fields}))
+
+    def message(self) -> Message:
+        """Return the next message."""
+        text = self.connection.recv()
+        assert text, "the daemon hung up"
+        message = json.loads(text)
+        assert isinstance(message, dict)
+        return message
+
+    def ask(self, action: str, **fields: Any) -> Message:
+        """Return the answer to a request."""
+        self.request(action, **fields)
+        return self.message()

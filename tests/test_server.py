@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import pytest
-from clients import ANSWER_S, HttpConnection, LinesClient, http_request, http_stream
-from fabrik_objects import Report, job, pod, pvc, run_id
+from clients import ANSWER_S, HttpConnection, LinesClient, WebSocketClient, http_request, http_stream
+from fabrik_objects import Report, job, pod, run_id
 from fakes import ModelServer
 from harness import Cluster, Daemon, wait_until
 from hosts import AS_ROOT, Host, answers, as_nobody
+from worlds import TOTAL, World, made_world, report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -49,61 +50,14 @@ CLUSTER_KEYS: Final = {"name", "server", "connected", "synced", "last_event_at",
 WATCH_KEYS: Final = {"resource", "namespace", "state", "error"}
 ERROR_KEYS: Final = {"type", "code", "message", "hint"}
 ROW_PAGE: Final = 5  # rows of the module's two clusters
-TOTAL: Final = 10**6  # tasks of each run; more finished than these would be no progress
-
-
-class World(NamedTuple):
-    """A daemon that follows two clusters, dev-k3s with four runs and prod with one."""
-
-    daemon: Daemon
-    dev: ModelServer
-    prod: ModelServer
-    socket: Path
-
-    def connect(self) -> LinesClient:
-        """Return a new connection to its socket."""
-        return LinesClient(self.socket)
-
-    def assert_answers(self) -> None:
-        """Fail unless it answers a new client, in both framings."""
-        with self.connect() as client:
-            assert client.ask("ping", id="alive") == {"type": "ping", "id": "alive"}
-        assert http_request(self.socket, "/status").message["pid"] == self.daemon.pid
-
-
-def socket_of(daemon: Daemon) -> Path:
-    """Return where a daemon's socket is."""
-    return Path(daemon.json("status")["socket"])
-
-
-def report(number: int, finished: int, *, phase: str = "implement", server: ModelServer) -> int:
-    """Have a run report its progress; `human-gate` blocks it."""
-    status = "blocked" if phase == "human-gate" else "running"
-    return server.put("pods", pod(number, report=Report(phase=phase, status=status, finished=finished, total=TOTAL)))
 
 
 @pytest.fixture(scope="module")
 def world(
     authority: Authority, executable: Path, unpacked: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[World]:
-    with ModelServer(authority) as dev, ModelServer(authority) as prod:
-        prod.uid = "11111111-2222-4333-8444-555555555555"
-        for number in (1, 2, 3):
-            dev.put("jobs", job(number))
-        report(1, 10, server=dev)
-        report(2, 20, phase="human-gate", server=dev)
-        dev.put("persistentvolumeclaims", pvc(1))
-        dev.put("jobs", job(4, conditions=["Complete"]))
-        prod.put("jobs", job(5))
-        report(5, 50, server=prod)
-        clusters = [Cluster(dev, "dev-k3s"), Cluster(prod, "prod")]
-        daemon = Daemon(executable, unpacked, tmp_path_factory.mktemp("world"), clusters, timing={"batch": "10ms"})
-        try:
-            daemon.start()
-            yield World(daemon, dev, prod, socket_of(daemon))
-        finally:
-            daemon.kill()
-        assert [*dev.violations, *dev.crashes, *prod.violations, *prod.crashes] == []
+    with made_world(authority, executable, unpacked, tmp_path_factory.mktemp("world")) as made:
+        yield made
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +90,7 @@ def make_host(executable: Path, unpacked: Path, tmp_path: Path) -> Iterator[Call
         )
 
 
-# ---------------------------------------------------------------- every request, in both framings
+# ---------------------------------------------------------------- every request, in every framing
 
 
 class Framing(NamedTuple):
@@ -169,7 +123,15 @@ def ask_http(path: Path, action: str, fields: dict[str, Any]) -> Message:
     return http_request(path, ROUTES[action], method="POST", body=json.dumps(fields).encode()).message
 
 
-@pytest.fixture(params=[Framing("lines", ask_lines), Framing("http", ask_http)], ids=lambda framing: framing.name)
+def ask_websocket(path: Path, action: str, fields: dict[str, Any]) -> Message:
+    with WebSocketClient(path) as client:
+        return client.ask(action, **fields)
+
+
+FRAMINGS: Final = [Framing("lines", ask_lines), Framing("http", ask_http), Framing("websocket", ask_websocket)]
+
+
+@pytest.fixture(params=FRAMINGS, ids=lambda framing: framing.name)
 def ask(request: pytest.FixtureRequest, world: World) -> Callable[..., Message]:
     """Return how to ask the module's daemon, in one framing; every answer echoes the id."""
     framing: Framing = request.param
@@ -801,7 +763,7 @@ def test_a_subscriber_that_never_reads_under_a_flood(
     server.put("jobs", job(1))
     daemon = make_daemon(Cluster(server))
     daemon.start()
-    path = socket_of(daemon)
+    path = Path(daemon.json("status")["socket"])
     changes = 9000  # of about 1.3 KB each: beyond what one subscriber may have waiting
 
     def changed_to(finished: int) -> None:
@@ -894,7 +856,7 @@ def test_a_peer_of_another_user_is_refused(world: World, request_bytes: bytes) -
 # ---------------------------------------------------------------- what is not known yet
 
 
-@pytest.mark.parametrize("framing", [ask_lines, ask_http], ids=["lines", "http"])
+@pytest.mark.parametrize("framing", [framing.ask for framing in FRAMINGS], ids=[framing.name for framing in FRAMINGS])
 def test_what_is_not_synced_is_an_error_and_never_an_empty_list(
     framing: Callable[[Path, str, dict[str, Any]], Message],
     authority: Authority,
