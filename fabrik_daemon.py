@@ -31,6 +31,7 @@ Core:
     HTTP                  client and server sides over h11: bytes in, messages out
     Watch decoding        byte lines -> events, list pages, Status objects
     Watch machine         list, watch, bookmark, expire, back off -> actions
+    Watch machine: pod logs   a run's log over lost connections, restarts and new Pods -> lines, once each
     WebSocket             frames over wsproto: bytes in, texts out
     Requests              the daemon's API: request -> answer, the same for every framing
     Requests: framings    JSON lines, HTTP and WebSocket: bytes -> requests, answers -> bytes
@@ -294,6 +295,13 @@ LOCK_POLL_S: Final = 0.02  # where only asking again tells
 HELPERS_END_S: Final = 0.5  # for helper processes that were killed to be gone
 HELP_COLUMNS: Final = 100
 LAST_WORDS_CHARS: Final = 20_000
+LOG_LINE_MAX_BYTES: Final = 256 * 1024  # a container may print without ever ending a line
+LOG_LINES_KNOWN: Final = 1000  # of those read last, to know them again
+LOG_TRIES: Final = 3  # to reach a log at all
+LOG_STRANGE_TRIES: Final = (
+    4  # with back-off some ten seconds: the API server learns of a restart later than that rarely
+)
+LOG_POLL_DOUBLINGS: Final = 3  # of the back-off while there is nothing to read
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Errors
@@ -3957,6 +3965,450 @@ class WatchMachine:
     def _enter(self, state: str, error: str, due_at: float) -> list[Action]:
         self.state, self._due_at = state, due_at
         return [Told(state, error, due_at if state in _WAITING else None)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Watch machine: pod logs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class LogLine(NamedTuple):
+    """One line of a container; `time` is RFC 3339 to the nanosecond, empty where the kubelet itself speaks."""
+
+    time: str
+    text: str
+
+
+_LOG_LINE = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?(?:Z|[+-]\d\d:\d\d)) ?(.*)", re.ASCII | re.DOTALL)
+
+
+class LogDecoder:
+    """Takes the body of a Pod's log apart that was asked for with `timestamps=true`, whatever the chunks."""
+
+    def __init__(self) -> None:
+        self._rest = bytearray()
+
+    def receive(self, data: bytes) -> Iterator[LogLine]:
+        """Yield the lines that are complete; what a line has beyond 256 KiB is left out."""
+        *lines, rest = data.split(b"\n")
+        for line in lines:
+            self._add(line)
+            yield self._line()
+        self._add(rest)
+
+    def end(self) -> Iterator[LogLine]:
+        """Yield the last line, where it lacks its newline; only a body that came whole has one."""
+        if self._rest:
+            yield self._line()
+
+    def _add(self, piece: bytes) -> None:
+        self._rest += piece[: LOG_LINE_MAX_BYTES - len(self._rest)]
+
+    def _line(self) -> LogLine:
+        text = self._rest.decode("utf-8", "replace").rstrip("\r")
+        self._rest.clear()
+        match = _LOG_LINE.fullmatch(text)
+        return LogLine(match[1], match[2]) if match else LogLine("", text)
+
+
+class LogCursor:
+    """How far a container's log was read.
+
+    `sinceTime` has whole seconds on the kubelet's side, so what is asked for again begins before the last line. A log
+    is read in the order it was written: what comes up to that line was there before, what follows is new.
+    """
+
+    def __init__(self) -> None:
+        self._last: LogLine | None = None
+        self._equal = 0  # how many lines like the last one stood at its time
+        self._recent: deque[LogLine] = deque(maxlen=LOG_LINES_KNOWN)
+        self._to_find = 0  # so many lines like the last one are still to come before anything is new
+
+    @property
+    def since(self) -> str | None:
+        """What to ask from; None: from the start."""
+        epoch = epoch_of(self._last.time) if self._last is not None else None
+        return None if epoch is None else format_time(epoch // 1 - 1)  # times may jump back by a little between streams
+
+    def resume(self) -> None:
+        """Expect the log again from `since`."""
+        self._to_find = self._equal
+
+    def take(self, line: LogLine) -> bool | None:
+        """Say whether a line is new; None where this cannot be the log that was read before."""
+        if not self._to_find:
+            self._keep(line)
+            return True
+        if line == self._last:
+            self._to_find -= 1
+        elif self._is_later(line) and line not in self._recent:
+            return None
+        return False
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the line to go on from has not come."""
+        return self._to_find > 0
+
+    def _is_later(self, line: LogLine) -> bool:
+        epochs = epoch_of(line.time), epoch_of(self._last.time if self._last is not None else "")
+        return epochs[0] is not None and epochs[1] is not None and epochs[0] > epochs[1]
+
+    def _keep(self, line: LogLine) -> None:
+        if not line.time:
+            return  # the kubelet's own words do not come again
+        self._equal = self._equal + 1 if line == self._last else 1
+        self._last = line
+        self._recent.append(line)
+
+
+class ContainerView(NamedTuple):
+    """How a container of a Pod is, as far as its log goes; `number` counts its restarts."""
+
+    name: str
+    number: int
+    state: str  # waiting: nothing to read; running; terminated
+    reason: str
+
+
+class PodView(NamedTuple):
+    """A Pod of a run, as far as its logs go."""
+
+    name: str
+    uid: str
+    created_at: str
+    phase: str
+    deleting: bool
+    chosen: str  # the container that is meant where none is named
+    containers: tuple[ContainerView, ...]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether none of its containers will run again."""
+        return self.phase in ("Succeeded", "Failed")
+
+    def container(self, name: str | None) -> ContainerView | None:
+        """Return a container, the main one for None; None where there is no such."""
+        wanted = name or self.chosen
+        return next((container for container in self.containers if container.name == wanted), None)
+
+
+def pod_view(item: JsonObject) -> PodView:
+    """Return what following its logs needs of a Pod."""
+    metadata, spec, status = object_at(item, "metadata"), object_at(item, "spec"), object_at(item, "status")
+    told = list_at(status, "containerStatuses") + list_at(status, "initContainerStatuses")
+    states = {text_at(entry, "name"): _container_view(entry) for entry in told}
+    main = [text_at(entry, "name") or "" for entry in list_at(spec, "containers")]
+    names = main + [text_at(entry, "name") or "" for entry in list_at(spec, "initContainers")]
+    annotated = object_at(metadata, "annotations").get("kubectl.kubernetes.io/default-container")
+    return PodView(
+        name=text_at(metadata, "name") or "",
+        uid=text_at(metadata, "uid") or "",
+        created_at=text_at(metadata, "creationTimestamp") or "",
+        phase=text_at(status, "phase") or "",
+        deleting="deletionTimestamp" in metadata,
+        chosen=annotated if isinstance(annotated, str) and annotated in names else next(iter(main), ""),
+        containers=tuple(states.get(name) or ContainerView(name, 0, "waiting", "") for name in names),
+    )
+
+
+def _container_view(entry: JsonObject) -> ContainerView:
+    """Return a container's state; one that waits to start again can be read as it ended (kubelet, log endpoint)."""
+    waiting = object_at(entry, "state", "waiting")
+    if object_at(entry, "state", "running"):
+        state = "running"
+    elif object_at(entry, "state", "terminated") or object_at(entry, "lastState", "terminated"):
+        state = "terminated"
+    else:
+        state = "waiting"
+    number = parse_int(entry.get("restartCount")) or 0
+    return ContainerView(text_at(entry, "name") or "", number, state, text_at(waiting, "reason") or "")
+
+
+class LogWish(NamedTuple):
+    """What of a run's log is wanted."""
+
+    follow: bool = False
+    previous: bool = False  # the container before the present one
+    container: str | None = None
+    since_s: float | None = None
+    tail: int | None = None
+
+
+class FindPods(NamedTuple):
+    """List the run's Pods, and look whether its Job is over."""
+
+
+class OpenLog(NamedTuple):
+    """Read a log, from a time or a number of lines before its end, or whole."""
+
+    pod: str
+    container: str
+    previous: bool
+    follow: bool
+    since: str | None = None
+    since_s: float | None = None
+    tail: int | None = None
+
+    @property
+    def query(self) -> str:
+        """The request's parameters (PodLogOptions)."""
+        known = {
+            "container": self.container,
+            "timestamps": "true",
+            "previous": "true" if self.previous else None,
+            "follow": "true" if self.follow else None,
+            "sinceTime": self.since,
+            "sinceSeconds": None if self.since_s is None else max(1, math.ceil(self.since_s)),
+            "tailLines": self.tail,
+        }
+        return urllib.parse.urlencode({name: value for name, value in known.items() if value is not None})
+
+
+class CloseLog(NamedTuple):
+    """Read no more of the present log."""
+
+
+class Pause(NamedTuple):
+    """Call `due` after some seconds."""
+
+    seconds: float
+
+
+class ShowLine(NamedTuple):
+    """Show a line."""
+
+    pod: str
+    container: str
+    line: LogLine
+
+
+class Say(NamedTuple):
+    """Tell the user something beside the log."""
+
+    text: str
+
+
+class LogOver(NamedTuple):
+    """There is no more; `error` says what is wrong with that, `is_gone` that there is no Pod to read from."""
+
+    error: str = ""
+    is_gone: bool = False
+    is_unreachable: bool = False
+
+
+LogAction = Union[FindPods, OpenLog, CloseLog, Pause, ShowLine, Say, LogOver]
+
+
+class _Pauses:
+    """How long to wait before the next try: doubling, with jitter, as far as back-off goes."""
+
+    def __init__(self, timing: Timing, jitter: Callable[[], float]) -> None:
+        self._timing = timing
+        self._jitter = jitter
+        self.failures = 0  # since a line came
+
+    def next(self, doublings: int = 16) -> Pause:
+        self.failures += 1
+        longest_s = self._timing.backoff_min * 2.0 ** min(self.failures - 1, doublings)
+        return Pause(min(self._timing.backoff_max, longest_s) * (1 + self._jitter()) / 2)
+
+
+class LogMachine:
+    """Reads one run's log over connections that break, containers that restart and Pods that are replaced."""
+
+    def __init__(self, wish: LogWish, timing: Timing, jitter: Callable[[], float]) -> None:
+        self._wish = wish
+        self._pauses = _Pauses(timing, jitter)
+        self._cursor = LogCursor()
+        self._pod: PodView | None = None  # as it was last seen
+        self._number = 0  # which of its container's instances is read
+        self._whole = False  # all of that instance was read
+        self._reading: OpenLog | None = None
+        self._passed: set[str] = set()  # uids of Pods that need no reading any more
+        self._strange = 0  # how often another log came than was read before
+        self._said = ""
+
+    def start(self) -> list[LogAction]:
+        """Begin."""
+        return [FindPods()]
+
+    def due(self) -> list[LogAction]:
+        """Go on after a pause, or look around after a long silence."""
+        return [FindPods()]
+
+    def on_line(self, line: LogLine) -> list[LogAction]:
+        """Take in a line of the log that is read."""
+        reading = self._reading
+        if reading is None:
+            return []
+        is_new = self._cursor.take(line)
+        if is_new is None:
+            self._reading = None
+            return [CloseLog(), *self._on_other_log(reading)]
+        if is_new:
+            self._pauses.failures, self._said = 0, ""
+            return [ShowLine(reading.pod, reading.container, line)]
+        return []
+
+    def on_log_end(self, status: int, error: str) -> list[LogAction]:
+        """Take in that the log has ended: `status` is HTTP's, 0 for a lost connection; no `error`: it came whole."""
+        reading, self._reading = self._reading, None
+        if reading is None:
+            return []
+        if error:
+            return self._on_failure(status, error)
+        if self._cursor.is_lost:
+            return self._on_other_log(reading)
+        self._whole = not reading.follow
+        if not self._wish.follow:
+            return [LogOver()]
+        if self._whole:
+            return [FindPods()]
+        return [self._pauses.next()]  # it may have ended with its container: the API server has yet to learn of that
+
+    def on_pods(self, pods: Sequence[PodView], *, over: bool | None) -> list[LogAction]:
+        """Take in the run's Pods, and whether its Job is over; None: unknown."""
+        pods = sorted(pods, key=lambda pod: (pod.created_at, pod.name))
+        if self._reading is not None:
+            container = self._present(pods)
+            if container is not None and container.number == self._number and container.state == "running":
+                return []
+            self._reading = None
+            return [CloseLog(), *self._next(pods, over)]
+        return self._next(pods, over)
+
+    def on_trouble(self, status: int, error: str) -> list[LogAction]:
+        """Take in that the Pods cannot be listed."""
+        return [] if self._reading is not None else self._on_failure(status, error)
+
+    def _next(self, pods: Sequence[PodView], over: bool | None) -> list[LogAction]:
+        """Read on where there is something to read."""
+        actions = self._rest_of_present(pods) if self._pod is not None else []
+        if actions:
+            return actions
+        others = [pod for pod in pods if pod.uid not in self._passed and (not self._pod or pod.uid != self._pod.uid)]
+        if others:
+            return self._begin(others, pods)
+        if over or (over is None and all(pod.is_over for pod in pods)):
+            return [LogOver(is_gone=self._pod is None)]
+        if not self._wish.follow:
+            return [LogOver("it has no Pod yet")]
+        return self._look_again("it waits for its Pod" if self._pod is None else "")
+
+    def _rest_of_present(self, pods: Sequence[PodView]) -> list[LogAction]:
+        """Read on in the present Pod; nothing where that was read whole."""
+        container, pod = self._present(pods), self._pod
+        if pod is None:
+            return []
+        if container is None:
+            self._passed.add(pod.uid)
+            was_whole, self._whole = self._whole, True
+            return [] if was_whole else [Say(f"Pod {pod.name} is gone, maybe with its last lines"), FindPods()]
+        if container.number > self._number:
+            return self._after_restart(container)
+        if not self._whole:
+            return [self._open(previous=False, follow=container.state == "running" and self._wish.follow)]
+        self._passed.update({pod.uid} if pod.is_over else ())
+        return []
+
+    def _present(self, pods: Sequence[PodView]) -> ContainerView | None:
+        """Return the container that is read as it is now."""
+        for pod in pods:
+            if self._pod is not None and pod.uid == self._pod.uid:
+                self._pod = pod
+                return pod.container(self._wish.container)
+        return None
+
+    def _begin(self, others: Sequence[PodView], pods: Sequence[PodView]) -> list[LogAction]:
+        """Begin to read a Pod: at first the newest, then each that comes."""
+        pod = others[0]
+        if self._pod is None:
+            pod = next((other for other in reversed(others) if not other.deleting), others[-1])
+            self._passed.update(other.uid for other in others[: others.index(pod)])
+        container = pod.container(self._wish.container)
+        if container is None:
+            hint = nearest(str(self._wish.container), [container.name for container in pod.containers])
+            return [LogOver(f"Pod {pod.name} has no container {self._wish.container!r}: {hint}")]
+        if self._wish.previous:
+            return self._begin_previous(pod, container, [other for other in pods if other.created_at < pod.created_at])
+        if container.state == "waiting":
+            return self._on_waiting(pod, container)
+        told = [Say(f"Pod {self._pod.name} was followed by {pod.name}")] if self._pod is not None else []
+        self._turn_to(pod, container.number)
+        return [*told, self._open(previous=False, follow=container.state == "running" and self._wish.follow)]
+
+    def _begin_previous(self, pod: PodView, container: ContainerView, earlier: Sequence[PodView]) -> list[LogAction]:
+        if container.number:
+            self._turn_to(pod, container.number - 1)
+            return [self._open(previous=True, follow=False)]
+        before = earlier[-1].container(self._wish.container) if earlier else None
+        if before is None or before.state == "waiting":
+            return [LogOver("it has no container before the present one")]
+        self._turn_to(earlier[-1], before.number)
+        return [self._open(previous=False, follow=False)]
+
+    def _on_waiting(self, pod: PodView, container: ContainerView) -> list[LogAction]:
+        told = f"Pod {pod.name} waits" + (f": {container.reason}" if container.reason else "")
+        if not self._wish.follow:
+            return [LogOver(told)]
+        if pod.is_over:  # evicted before it began
+            self._passed.add(pod.uid)
+            return [*self._tell(f"Pod {pod.name} never began"), FindPods()]
+        return self._look_again(told)
+
+    def _after_restart(self, container: ContainerView) -> list[LogAction]:
+        """Read the rest of the instance before, which is there as `previous`, then the new one."""
+        missing = container.number - self._number
+        if missing == 1 and not self._whole:
+            return [self._open(previous=True, follow=False)]
+        is_lost = missing > 2 or (missing > 1 and not self._whole)
+        told = f"container {container.name} was restarted" + (", and what it printed before is gone" if is_lost else "")
+        self._turn_to(self._pod, container.number - 1 if missing > 1 else container.number)
+        previous = missing > 1
+        return [Say(told), self._open(previous=previous, follow=container.state == "running" and not previous)]
+
+    def _turn_to(self, pod: PodView | None, number: int) -> None:
+        """Read another instance, from its start; only the first one's may be cut."""
+        if self._pod is not None:
+            self._wish = self._wish._replace(since_s=None, tail=None)
+        self._pod, self._number, self._whole, self._cursor = pod, number, False, LogCursor()
+        self._pauses.failures = self._strange = 0
+
+    def _open(self, *, previous: bool, follow: bool) -> OpenLog:
+        pod, since, wish = self._pod, self._cursor.since, self._wish
+        self._cursor.resume()
+        name, container = (pod.name, wish.container or pod.chosen) if pod is not None else ("", "")
+        limits = (None, None) if since else (wish.since_s, wish.tail)
+        self._reading = OpenLog(name, container, previous, follow, since, *limits)
+        return self._reading
+
+    def _on_other_log(self, reading: OpenLog) -> list[LogAction]:
+        """Find out what the log is that came in place of the one that was read before.
+
+        The container was restarted, which the kubelet knows before the API server does; else its log was rotated.
+        """
+        self._strange += 1
+        if self._strange > LOG_STRANGE_TRIES:
+            self._strange, self._cursor = 0, LogCursor()
+            return [Say("the log was rotated: lines may be missing, or come again"), FindPods()]
+        if reading.previous:
+            self._number += 1  # it was the present instance that was read
+        return [self._pauses.next()]
+
+    def _on_failure(self, status: int, error: str) -> list[LogAction]:
+        given_up = self._pauses.failures + 1 >= LOG_TRIES and (not self._wish.follow or self._pod is None)
+        if status == 403 or given_up:
+            return [LogOver(error, is_unreachable=not status)]
+        return [*self._tell(f"{error}; trying again"), self._pauses.next()]
+
+    def _look_again(self, told: str) -> list[LogAction]:
+        return [*self._tell(told), self._pauses.next(LOG_POLL_DOUBLINGS)]
+
+    def _tell(self, text: str) -> list[LogAction]:
+        """Say something once."""
+        is_new, self._said = text != self._said, text
+        return [Say(text)] if text and is_new else []
 
 
 # ----------------------------------------------------------------------------------------------------------------------
