@@ -190,7 +190,7 @@ class SimCredentials:
 class SimServer:
     """Stands in for the daemon's socket server: simulated subscribers read what they are told."""
 
-    def __init__(self, reactor: SimReactor, _requests: object, _unsubscribe: object) -> None:
+    def __init__(self, reactor: SimReactor, *_parts: object) -> None:
         self._reactor = reactor
         self.readers: dict[fabrik_daemon.Subscription, Reader] = {}
 
