@@ -35,7 +35,12 @@ Core:
     WebSocket             frames over wsproto: bytes in, texts out
     Requests              the daemon's API: request -> answer, the same for every framing
     Requests: framings    JSON lines, HTTP and WebSocket: bytes -> requests, answers -> bytes
-    Views                 rows -> table or json; where hostile text is made safe
+    Views: text           where hostile text is made safe, measured in cells and cut
+    Views: tables         rows -> aligned columns that fit the terminal
+    Views: formats        rows -> json, jsonl, yaml, csv, tsv, names
+    Views: lists          the columns of each list, and how fresh an answer is
+    Views: a run          one run whole, and its changes
+    Views: the daemon     its status, its log, what was found of clusters
     Demo script           the scripted clusters of `demo`: what happens, and when
 Shell:
     Reactor               selectors loop, timers, wake-up, a small pool for what blocks
@@ -5120,17 +5125,8 @@ def request_from_text(text: str) -> JsonObject | UsageError:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Views
+# Views: text
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-class Column(NamedTuple):
-    """A column of a table: its title and the text of a row's cell, given the time."""
-
-    title: str
-    cell: Callable[[JsonObject, float], str]
-    right: bool = False
-
 
 # Control characters (C0, C1), line and paragraph separators, and what reverses or hides text (UAX 9).
 _HARMFUL = re.compile(
@@ -5138,33 +5134,415 @@ _HARMFUL = re.compile(
 )
 
 
-def safe_text(value: object) -> str:
-    """Return a text that is harmless on a terminal: what would steer it stands there escaped."""
+def safe_text(value: object, keep: str = "") -> str:
+    """Return a text that is harmless on a terminal: what would steer it stands there escaped, but for `keep`."""
     text = "" if value is None else str(value)
     if text.isascii() and text.isprintable():
         return text
-    return _HARMFUL.sub(lambda match: repr(match[0])[1:-1], text)
+    return _HARMFUL.sub(lambda match: match[0] if match[0] in keep else repr(match[0])[1:-1], text)
 
 
-def format_table(columns: Sequence[Column], rows: Sequence[JsonObject], now: float, width: int | None) -> str:
-    """Return rows under titles, aligned, each line cut to `width` cells of the terminal; None means any width."""
+def safe_lines(text: str) -> str:
+    """Return several lines that are harmless on a terminal."""
+    return "".join(f"  {safe_text(line)}\n" for line in text.splitlines())
+
+
+def safe_json(text: str) -> str:
+    """Return JSON, or YAML that quotes texts as JSON does, with what would steer a terminal escaped."""
+    return _HARMFUL.sub(lambda match: match[0] if match[0] == "\n" else f"\\u{ord(match[0]):04x}", text)
+
+
+def cells_of(text: str) -> int:
+    """Return how many cells of a terminal a text takes (UAX 11); combining marks take none."""
+    return len(text) if text.isascii() else sum(map(_cells_of_char, text))
+
+
+def _cells_of_char(char: str) -> int:
+    if char.isascii():
+        return 1
+    if unicodedata.category(char) in ("Mn", "Me", "Cf") or "\u1160" <= char <= "\u11ff":  # the latter: parts of Hangul
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+
+def cut_text(text: str, width: int | None) -> str:
+    """Return a text of at most `width` cells; `~` marks one that was longer. None means any width."""
+    if width is None or cells_of(text) <= width:
+        return text
+    kept, cells = [], 1  # one cell for the mark
+    for char in text:
+        cells += _cells_of_char(char)
+        if cells > width:
+            break
+        kept.append(char)
+    return "".join(kept) + "~" if width > 0 else ""
+
+
+def age_of(moment: object, now: float) -> str:
+    """Return how long ago a row's time was, empty where it has none."""
+    epoch = epoch_of(moment)
+    return "" if epoch is None else format_age(now - epoch)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Views: tables
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Style(NamedTuple):
+    """How tables are drawn."""
+
+    colour: bool = False
+    titles: bool = True
+    wide: bool = False  # all columns
+
+
+PLAIN: Final = Style()
+_GAP: Final = 3  # cells between two columns
+
+
+class Column(NamedTuple):
+    """A column of a table: its title, the text of a row's cell given the time, and how it gives way on a terminal."""
+
+    title: str
+    cell: Callable[[JsonObject, float], str]
+    right: bool = False
+    least: int = 0  # cells that it may shrink to; 0: it never shrinks
+    rank: int = 0  # the highest leaves first where there is no room; 0: it never leaves
+    wide: bool = False  # only `-o wide` shows it
+    paint: Callable[[JsonObject], str] | None = None  # a row's colour, for `painted`
+
+
+def format_table(
+    columns: Sequence[Column], rows: Sequence[JsonObject], now: float, width: int | None, style: Style = PLAIN
+) -> str:
+    """Return rows under titles, aligned, no line over `width` cells of the terminal; None means any width.
+
+    Where there is no room long texts shrink first, then columns leave by their rank; a line is cut as the last resort.
+    """
+    columns = [column for column in columns if style.wide or not column.wide]
     lines = [[safe_text(column.title) for column in columns]]
     lines += [[safe_text(column.cell(row, now)) for column in columns] for row in rows]
-    widths = [max(_cells(line[index]) for line in lines) for index in range(len(columns))]
-    text = []
-    for line in lines:
-        padded = [
-            " " * (size - _cells(cell)) + cell if column.right else cell + " " * (size - _cells(cell))
-            for cell, size, column in zip(line, widths, columns)
-        ]
-        text.append(_cut("   ".join(padded).rstrip(), width) + "\n")
+    natural = [max(cells_of(line[index]) for line in lines) for index in range(len(columns))]
+    sizes = _sizes(columns, natural, width)
+    text = [_format_row(lines[0], columns, sizes, width, None)] if style.titles else []
+    for line, row in zip(lines[1:], rows):
+        text.append(_format_row(line, columns, sizes, width, row if style.colour else None))
     return "".join(text)
+
+
+def painted(text: str, colour: str) -> str:
+    """Return a text in a colour, which is the parameters of SGR (ECMA-48); as it is where that is empty."""
+    return f"\x1b[{colour}m{text}\x1b[0m" if colour and text else text
+
+
+def _sizes(columns: Sequence[Column], natural: Sequence[int], width: int | None) -> dict[int, int]:
+    """Return how many cells each of the columns that are shown gets, by its index."""
+    sizes = dict(enumerate(natural))
+    if width is None:
+        return sizes
+    least = [
+        min(size, max(column.least, cells_of(column.title))) if column.least else size
+        for size, column in zip(natural, columns)
+    ]
+    for leaving in sorted((index for index in sizes if columns[index].rank), key=lambda index: -columns[index].rank):
+        if sum(least[index] + _GAP for index in sizes) - _GAP <= width:
+            break
+        del sizes[leaving]
+    over = sum(size + _GAP for size in sizes.values()) - _GAP - width
+    while over > 0:
+        longest = max(sizes, key=lambda index: sizes[index] - least[index])
+        if sizes[longest] == least[longest]:
+            break
+        sizes[longest] -= 1
+        over -= 1
+    return sizes
+
+
+def _format_row(
+    cells: Sequence[str],
+    columns: Sequence[Column],
+    sizes: Mapping[int, int],
+    width: int | None,
+    row: JsonObject | None,
+) -> str:
+    """Return one line; `row` is whose colours it gets, None for none."""
+    text, used = "", 0
+    for index, size in sizes.items():
+        room = size if width is None else min(size, width - used)
+        if room <= 0:
+            break
+        column, cell = columns[index], cut_text(cells[index], room)
+        padding = " " * (room - cells_of(cell))
+        cell = painted(cell, column.paint(row) if column.paint and row is not None else "")
+        text += padding + cell if column.right else cell + padding
+        text += " " * _GAP
+        used += room + _GAP
+    return text.rstrip() + "\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Views: formats
+# ----------------------------------------------------------------------------------------------------------------------
+
+FORMATS: Final = ("table", "wide", "json", "jsonl", "yaml", "csv", "tsv", "name")
+
+
+def format_answer(answer: object, output: str, *, titles: bool = True, names: Sequence[str] = ()) -> str:
+    """Return an answer, one object or a list of them, in one of the FORMATS for programs.
+
+    `names` are the columns of a list that may be empty; else they are the keys of the first row.
+    """
+    if output == "json":
+        return format_json(answer)
+    if output == "yaml":
+        return format_yaml(answer)
+    rows: list[Any] = answer if isinstance(answer, list) else [answer]
+    if output == "jsonl":
+        return "".join(map(format_json_line, rows))
+    if output == "name":
+        return "".join(f"{safe_text(name_of(row))}\n" for row in rows)
+    names = names or (list(rows[0]) if rows else [])
+    line_of = format_csv_line if output == "csv" else format_tsv_line
+    head = [line_of(names)] if titles and names else []
+    return "".join([*head, *(line_of([row.get(name) for name in names]) for row in rows)])
+
+
+def name_of(row: JsonObject) -> object:
+    """Return what names a row for other commands: its run_id, its name, or both with cluster and namespace."""
+    if "name" not in row:
+        return row.get("run_id", next(iter(row.values()), None))
+    return f"{row['cluster']}/{row['namespace']}/{row['name']}" if "namespace" in row else row["name"]
 
 
 def format_json(value: object) -> str:
     """Return indented JSON with a newline at its end; text from a cluster stands escaped where it could do harm."""
-    text = json.dumps(value, ensure_ascii=False, indent=2)
-    return _HARMFUL.sub(lambda match: match[0] if match[0] == "\n" else f"\\u{ord(match[0]):04x}", text) + "\n"
+    return safe_json(json.dumps(value, ensure_ascii=False, indent=2)) + "\n"
+
+
+def format_json_line(value: object) -> str:
+    """Return JSON on one line, harmless on a terminal."""
+    return safe_json(json.dumps(value, ensure_ascii=False)) + "\n"
+
+
+def format_yaml(value: object) -> str:
+    """Return YAML, harmless on a terminal; texts that are no plain words are quoted as in JSON."""
+    return safe_json("\n".join(_yaml_block(value))) + "\n"
+
+
+def format_csv_line(values: Iterable[object]) -> str:
+    """Return a line of CSV (RFC 4180, but for its line end): newlines and tabs stand as they are, within quotes."""
+    cells = []
+    for value in values:
+        text = safe_text(_cell_text(value), keep="\n\t")
+        cells.append('"' + text.replace('"', '""') + '"' if any(char in text for char in '",\n\t') else text)
+    return (",".join(cells) if cells != [""] else '""') + "\n"  # an empty line would be no row
+
+
+def format_tsv_line(values: Iterable[object]) -> str:
+    """Return a line of tab-separated values: a tab or newline within one stands escaped."""
+    return "\t".join(safe_text(_cell_text(value)) for value in values) + "\n"
+
+
+def _cell_text(value: object) -> str:
+    """Return a cell's text; one that a spreadsheet would take for a formula gets an apostrophe before it (OWASP)."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    is_formula = value.lstrip()[:1] in _FORMULA_SIGNS and value.lstrip() and parse_number(value) is None
+    return f"'{value}" if is_formula or value[:1] in ("\t", "\r") else value
+
+
+_FORMULA_SIGNS: Final = "=+-@\uff1d\uff0b\uff0d\uff20"
+_YAML_WORDS: Final = frozenset(("y", "n", "yes", "no", "true", "false", "on", "off", "null"))
+
+
+def parse_number(text: str) -> float | None:
+    """Return the value of a plain decimal number (`-1.5`), None where the text is none."""
+    unsigned = text[1:] if text[:1] in ("+", "-") else text
+    whole, _, fraction = unsigned.partition(".")
+    return float(text) if unsigned.isascii() and whole.isdigit() and (fraction or "0").isdigit() else None
+
+
+def _yaml_block(value: object) -> list[str]:
+    lines: list[str] = []
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            first, *rest = _yaml_block(item)
+            is_nested = isinstance(item, (dict, list)) and len(item) > 0
+            lines += [f"{_plain_or_quoted(key)}:", f"  {first}"] if is_nested else [f"{_plain_or_quoted(key)}: {first}"]
+            lines += [f"  {line}" for line in rest]
+    elif isinstance(value, list) and value:
+        for item in value:
+            first, *rest = _yaml_block(item)
+            lines += [f"- {first}", *(f"  {line}" for line in rest)]
+    else:
+        lines.append(_plain_or_quoted(value) if isinstance(value, str) else _yaml_number(json.dumps(value)))
+    return lines
+
+
+def _yaml_number(text: str) -> str:
+    return text.replace("e", ".0e") if text[-1:].isdigit() and "e" in text and "." not in text else text
+
+
+def _plain_or_quoted(text: str) -> str:
+    is_plain = text.isascii() and text.replace("-", "a").replace("/", "a").isidentifier() and text[0].isalpha()
+    return text if is_plain and text.lower() not in _YAML_WORDS else json.dumps(text, ensure_ascii=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Views: lists
+# ----------------------------------------------------------------------------------------------------------------------
+
+STATUS_COLOURS: Final = {BLOCKED: "1;33", FAILED: "31", RUNNING: "36", FINISHED: "32", CANCELLED: "2", UNKNOWN: "35"}
+_AWAY_COLOUR: Final = "33"
+
+
+def field(name: str) -> Callable[[JsonObject, float], str]:
+    """Return the cell that shows a row's value as it is."""
+    return lambda row, now: "" if row.get(name) is None else str(row[name])
+
+
+def age_field(name: str) -> Callable[[JsonObject, float], str]:
+    """Return the cell that shows how long ago a row's time was."""
+    return lambda row, now: age_of(row.get(name), now)
+
+
+def columns_for(names: Sequence[str]) -> list[Column]:
+    """Return columns that show fields of any names as they are."""
+    return [Column(name, field(name), least=8) for name in names]
+
+
+def progress_text(row: JsonObject, now: float) -> str:
+    """Return a run's progress, empty where it reports none."""
+    del now
+    finished, total = row.get("progress_finished"), row.get("progress_total")
+    return "" if finished is None or total is None else f"{finished}/{total}"
+
+
+def status_text(row: JsonObject, now: float) -> str:
+    """Return a run's status, as people read it."""
+    del now
+    return row.get("status") or UNKNOWN
+
+
+def status_colour(row: JsonObject) -> str:
+    """Return the colour of a run's status."""
+    return STATUS_COLOURS.get(row.get("status") or UNKNOWN, "")
+
+
+def _heartbeat(row: JsonObject, now: float) -> str:
+    return "" if row.get("finished_at") else age_of(row.get("heartbeat_at"), now + row.get("skew_s", 0.0))
+
+
+def _next_run(row: JsonObject, now: float) -> str:
+    epoch = epoch_of(row.get("next_run_at"))
+    return "" if epoch is None else f"in {format_age(epoch - now)}" if epoch >= now else "due"
+
+
+def _schedule_state(row: JsonObject, _now: float) -> str:
+    return "suspended" if row.get("suspended") else f"{row['active']} active" if row.get("active") else "waiting"
+
+
+RUN_COLUMNS: Final = (
+    Column("RUN", field("run_id")),
+    Column("CLUSTER", field("cluster"), rank=2),
+    Column("NAMESPACE", field("namespace"), wide=True),
+    Column("STATUS", status_text, paint=status_colour),
+    Column("PHASE", field("phase"), rank=3),
+    Column("TASK", field("current_task"), least=8, rank=4),
+    Column("PROGRESS", progress_text, right=True, rank=5),
+    Column("HEARTBEAT", _heartbeat, rank=6),
+    Column("AGE", age_field("created_at"), rank=1),
+    Column("REASON", field("reason"), least=10, rank=7),
+    Column("SPEC", field("spec_id"), wide=True),
+    Column("TEMPLATE", field("template"), wide=True),
+    Column("PROJECT", field("project"), wide=True),
+    Column("ATTEMPT", field("task_attempt"), right=True, wide=True),
+    Column("POD", field("pod_name"), wide=True),
+)
+SCHEDULE_COLUMNS: Final = (
+    Column("SCHEDULE", field("name")),
+    Column("CLUSTER", field("cluster"), rank=2),
+    Column("NAMESPACE", field("namespace"), wide=True),
+    Column("CRON", field("schedule")),
+    Column("ZONE", field("time_zone"), wide=True),
+    Column("STATE", _schedule_state, paint=lambda row: "2" if row.get("suspended") else ""),
+    Column("LAST RUN", age_field("last_run_at"), rank=3),
+    Column("LAST SUCCESS", age_field("last_success_at"), rank=4),
+    Column("NEXT RUN", _next_run, rank=1),
+    Column("MISSED", field("missed"), right=True, rank=5, paint=lambda row: "31" if row.get("missed") else ""),
+    Column("AGE", age_field("created_at"), wide=True),
+)
+VOLUME_LIST_COLUMNS: Final = (
+    Column("VOLUME", field("name")),
+    Column("CLUSTER", field("cluster"), rank=2),
+    Column("NAMESPACE", field("namespace"), wide=True),
+    Column("RUN", field("run_id"), least=10, rank=3),
+    Column("PHASE", lambda row, now: "deleted" if row.get("deleted_at") else str(row.get("phase") or "")),
+    Column("CAPACITY", lambda row, now: format_bytes(row.get("capacity_bytes")), right=True, rank=1),
+    Column("CLASS", field("storage_class"), rank=5),
+    Column("AGE", age_field("created_at"), rank=4),
+)
+VOLUME_COLUMNS: Final = (
+    Column("VOLUME", field("name")),
+    Column("PHASE", field("phase")),
+    Column("CAPACITY", lambda row, now: format_bytes(row.get("capacity_bytes")), right=True),
+    Column("CLASS", field("storage_class")),
+)
+WARNING_COLUMNS: Final = (
+    Column("LAST", age_field("last_at")),
+    Column("COUNT", field("count"), right=True, rank=2),
+    Column("REASON", field("reason"), paint=lambda row: "33"),
+    Column(
+        "OBJECT", lambda row, now: f"{row.get('object_kind') or ''}/{row.get('object_name') or ''}", least=20, rank=1
+    ),
+    Column("MESSAGE", field("message"), least=20),
+)
+WARNING_LIST_COLUMNS: Final = (
+    WARNING_COLUMNS[0],
+    Column("CLUSTER", field("cluster"), rank=3),
+    Column("NAMESPACE", field("namespace"), wide=True),
+    *WARNING_COLUMNS[1:4],
+    Column("RUN", field("run_id"), wide=True),
+    WARNING_COLUMNS[4],
+)
+CLUSTER_COLUMNS: Final = (
+    Column("NAME", field("name")),
+    Column("SERVER", field("server"), least=12, rank=2),
+    Column("PRIORITY", field("priority"), right=True, rank=3),
+    Column(
+        "CONNECTED",
+        lambda row, now: "yes" if row.get("connected") else "no",
+        paint=lambda row: "32" if row.get("connected") else "31",
+    ),
+    Column("LAST EVENT", age_field("last_event_at"), rank=1),
+    Column("ERROR", field("error"), least=20),
+)
+DISCOVERY_COLUMNS: Final = (
+    Column("NAME", field("name")),
+    Column("CONTEXT", field("context")),
+    Column("KUBECONFIG", field("kubeconfig"), least=20),
+    Column("STATUS", field("status")),
+)
+_AS_OF: Final = Column("AS OF", age_field("as_of"), paint=lambda row: _AWAY_COLOUR)
+
+
+def columns_with_age(
+    columns: Sequence[Column], rows: Sequence[JsonObject], parts: Sequence[Freshness]
+) -> tuple[Sequence[Column], list[JsonObject]]:
+    """Return columns and rows that say as of when rows of a cluster that is away are; heartbeats go by its clock."""
+    by_name = {part.cluster: part for part in parts}
+    shown = []
+    for row in rows:
+        part = by_name.get(row["cluster"], Freshness(row["cluster"], connected=False, synced_at=None))
+        skew_s = part.skew_s if abs(part.skew_s) > SKEW_MIN_S else 0.0
+        shown.append({**row, "skew_s": skew_s, "as_of": None if part.connected else part.synced_at})
+    if not any(row["as_of"] for row in shown):
+        return columns, shown
+    place = 1 + next((index for index, column in enumerate(columns) if column.title == "STATUS"), 1)
+    return (*columns[:place], _AS_OF, *columns[place:]), shown
 
 
 def format_freshness(source: str, parts: Sequence[Freshness], now: float) -> str:
@@ -5181,87 +5559,19 @@ def format_freshness(source: str, parts: Sequence[Freshness], now: float) -> str
     return f"from {source}: {'; '.join(told)}"
 
 
-def age_of(moment: object, now: float) -> str:
-    """Return how long ago a row's time was, empty where it has none."""
-    epoch = epoch_of(moment)
-    return "" if epoch is None else format_age(now - epoch)
+# ----------------------------------------------------------------------------------------------------------------------
+# Views: a run
+# ----------------------------------------------------------------------------------------------------------------------
 
-
-def _field(name: str) -> Callable[[JsonObject, float], str]:
-    return lambda row, now: "" if row.get(name) is None else str(row[name])
-
-
-def _age(name: str) -> Callable[[JsonObject, float], str]:
-    return lambda row, now: age_of(row.get(name), now)
-
-
-def _progress(row: JsonObject, now: float) -> str:
-    finished, total = row.get("progress_finished"), row.get("progress_total")
-    return "" if finished is None or total is None else f"{finished}/{total}"
-
-
-def _heartbeat(row: JsonObject, now: float) -> str:
-    return "" if row.get("finished_at") else age_of(row.get("heartbeat_at"), now + row.get("skew_s", 0.0))
-
-
-RUN_COLUMNS: Final = (
-    Column("RUN", _field("run_id")),
-    Column("CLUSTER", _field("cluster")),
-    Column("STATUS", lambda row, now: row.get("status") or UNKNOWN),
-    Column("PHASE", _field("phase")),
-    Column("TASK", _field("current_task")),
-    Column("PROGRESS", _progress, right=True),
-    Column("HEARTBEAT", _heartbeat),
-    Column("AGE", _age("created_at")),
-    Column("REASON", _field("reason")),
-)
-_AS_OF: Final = Column("AS OF", _age("as_of"))
-
-
-def format_runs(rows: Sequence[JsonObject], parts: Sequence[Freshness], now: float, width: int | None) -> str:
-    """Return a table of runs. Rows of a cluster that is away say as of when they are; heartbeats go by its clock."""
-    by_name = {part.cluster: part for part in parts}
-    shown = []
-    for row in rows:
-        part = by_name.get(row["cluster"], Freshness(row["cluster"], connected=False, synced_at=None))
-        skew_s = part.skew_s if abs(part.skew_s) > SKEW_MIN_S else 0.0
-        shown.append({**row, "skew_s": skew_s, "as_of": None if part.connected else part.synced_at})
-    away = any(row["as_of"] for row in shown)
-    columns = (*RUN_COLUMNS[:3], _AS_OF, *RUN_COLUMNS[3:]) if away else RUN_COLUMNS
-    return format_table(columns, shown, now, width)
-
-
-CLUSTER_COLUMNS: Final = (
-    Column("NAME", _field("name")),
-    Column("SERVER", _field("server")),
-    Column("PRIORITY", _field("priority"), right=True),
-    Column("CONNECTED", lambda row, now: "yes" if row.get("connected") else "no"),
-    Column("LAST EVENT", _age("last_event_at")),
-    Column("ERROR", _field("error")),
-)
-DISCOVERY_COLUMNS: Final = (
-    Column("NAME", _field("name")),
-    Column("CONTEXT", _field("context")),
-    Column("KUBECONFIG", _field("kubeconfig")),
-    Column("STATUS", _field("status")),
-)
-VOLUME_COLUMNS: Final = (
-    Column("VOLUME", _field("name")),
-    Column("PHASE", _field("phase")),
-    Column("CAPACITY", lambda row, now: format_bytes(row.get("capacity_bytes")), right=True),
-    Column("CLASS", _field("storage_class")),
-)
-WARNING_COLUMNS: Final = (
-    Column("LAST", _age("last_at")),
-    Column("COUNT", _field("count"), right=True),
-    Column("REASON", _field("reason")),
-    Column("OBJECT", lambda row, now: f"{row.get('object_kind') or ''}/{row.get('object_name') or ''}"),
-    Column("MESSAGE", _field("message")),
+_TIMELINE_COLUMNS: Final = (
+    Column("AT", lambda row, now: (row.get("at") or "")[:19].replace("T", " ")),
+    Column("TOOK", lambda row, now: "" if row.get("seconds") is None else format_age(row["seconds"]), right=True),
+    Column("WHAT", field("what"), least=20, paint=status_colour),
 )
 EVENT_COLUMNS: Final = (
-    Column("AGE", _age("local_timestamp")),
-    Column("EVENT", _field("event_type")),
-    Column("DETAIL", lambda row, now: event_detail(row)),
+    Column("AGE", age_field("local_timestamp")),
+    Column("EVENT", field("event_type")),
+    Column("DETAIL", lambda row, now: event_detail(row), least=20),
 )
 
 
@@ -5276,15 +5586,18 @@ def event_detail(event: JsonObject) -> str:
     return ", ".join(f"{key} {value}" for key, value in said.items() if value is not None)
 
 
-def format_run(row: JsonObject, now: float, width: int | None) -> str:
-    """Return a run for a person: what is known of it, then its volumes, warnings and history."""
+def format_run(row: JsonObject, now: float, width: int | None, style: Style = PLAIN) -> str:
+    """Return a run for a person: what is known of it, then its timeline, volumes, warnings and last log lines."""
+    finished, total = row.get("progress_finished"), row.get("progress_total")
+    percent = f" ({100 * finished // total} %)" if finished is not None and total else ""
+    status = status_text(row, now) + (f" ({row['reason']})" if row.get("reason") else "")
     shown = {
         "run": row["run_id"],
         "cluster": f"{row['cluster']}, namespace {row['namespace']}",
-        "status": (row.get("status") or UNKNOWN) + (f" ({row['reason']})" if row.get("reason") else ""),
+        "status": status,
         "phase": row.get("phase"),
         "task": row.get("current_task"),
-        "progress": _progress(row, now),
+        "progress": progress_text(row, now) + percent,
         "attempt": row.get("task_attempt"),
         "iteration": row.get("iteration"),
         "heartbeat": f"{age_of(row.get('heartbeat_at'), now)} ago" if row.get("heartbeat_at") else None,
@@ -5294,24 +5607,54 @@ def format_run(row: JsonObject, now: float, width: int | None) -> str:
         "schedule": row.get("schedule_id"),
         "job": row.get("job_name"),
         "pod": row.get("pod_name"),
-        **{
-            name.replace("_at", ""): row.get(name) for name in ("created_at", "started_at", "finished_at", "deleted_at")
-        },
+        **{name[:-3]: row.get(name) for name in ("created_at", "started_at", "finished_at", "deleted_at")},
     }
-    text = "".join(
-        _cut(f"{key + ':':<12}{safe_text(value)}", width) + "\n"
-        for key, value in shown.items()
-        if value not in (None, "")
-    )
-    for title, columns in (("volumes", VOLUME_COLUMNS), ("warnings", WARNING_COLUMNS), ("events", EVENT_COLUMNS)):
+    text = ""
+    for key, value in shown.items():
+        if value not in (None, ""):
+            colour = status_colour(row) if style.colour and key == "status" else ""
+            words = cut_text(safe_text(value), None if width is None else max(1, width - 12))
+            text += cut_text(f"{key + ':':<12}", width) + painted(words, colour) + "\n"
+    return text + "".join(_parts_of_run(row, now, width, style))
+
+
+def _parts_of_run(row: JsonObject, now: float, width: int | None, style: Style) -> Iterator[str]:
+    for title, columns in (
+        ("timeline", _TIMELINE_COLUMNS),
+        ("volumes", VOLUME_COLUMNS),
+        ("warnings", WARNING_COLUMNS),
+        ("events", EVENT_COLUMNS),
+    ):
         if row.get(title):
-            text += f"\n{title}\n" + format_table(columns, row[title], now, width)
-    return text
+            yield f"\n{title}\n" + format_table(columns, row[title], now, width, style)
+    if row.get("log"):
+        yield "\nlast log lines\n" + "".join(cut_text(safe_text(line), width) + "\n" for line in row["log"])
 
 
-def columns_for(names: Sequence[str]) -> list[Column]:
-    """Return columns that show fields of any names as they are."""
-    return [Column(name, _field(name)) for name in names]
+def format_run_event(event: JsonObject, width: int | None, style: Style = PLAIN) -> str:
+    """Return a change of a run as one line."""
+    row = event["row"]
+    before = f"{event['previousStatus']} -> " if event.get("previousStatus") not in (None, event["status"]) else ""
+    left = " (no longer matches)" if event.get("left") else ""
+    detail = " ".join(
+        text for text in (row["phase"], row["current_task"], progress_text(row, 0), row["reason"]) if text
+    )
+    cells = [
+        (str(event["localTimestamp"])[11:19], ""),
+        (f"{event['type'][4:]:<8}{row['run_id']}", ""),
+        (str(event["cluster"]), ""),
+        (f"{before}{event['status'] or UNKNOWN}{left}", status_colour(row) if style.colour else ""),
+        (detail, ""),
+    ]
+    line = "  ".join(safe_text(cell) for cell, _ in cells).rstrip()
+    if width is not None and cells_of(line) > width:
+        return cut_text(line, width) + "\n"
+    return "  ".join(painted(safe_text(cell), colour) for cell, colour in cells).rstrip() + "\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Views: the daemon
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def format_status(status: JsonObject, now: float, width: int | None) -> str:
@@ -5325,7 +5668,7 @@ def format_status(status: JsonObject, now: float, width: int | None) -> str:
         f"{'runs:':<12}{status['runs']}" + (f" ({counts})" if counts else ""),
         "",
     ]
-    text = "".join(_cut(safe_text(line), width) + "\n" for line in lines)
+    text = "".join(cut_text(safe_text(line), width) + "\n" for line in lines)
     text += format_table(STATUS_COLUMNS, status["clusters"], now, width)
     for cluster in status["clusters"]:
         for watch in cluster["watches"]:
@@ -5343,27 +5686,12 @@ def _state(cluster: JsonObject, _now: float) -> str:
 
 
 STATUS_COLUMNS: Final = (
-    Column("CLUSTER", _field("name")),
-    Column("SERVER", _field("server")),
+    Column("CLUSTER", field("name")),
+    Column("SERVER", field("server")),
     Column("STATE", _state),
-    Column("LAST EVENT", _age("last_event_at")),
-    Column("ERROR", _field("error")),
+    Column("LAST EVENT", age_field("last_event_at")),
+    Column("ERROR", field("error")),
 )
-
-
-def format_run_event(event: JsonObject, width: int | None) -> str:
-    """Return a change of a run as one line."""
-    row = event["row"]
-    before = f"{event['previousStatus']} -> " if event.get("previousStatus") not in (None, event["status"]) else ""
-    left = " (no longer matches)" if event.get("left") else ""
-    cells = [
-        str(event["localTimestamp"])[11:19],
-        f"{event['type'][4:]:<8}{row['run_id']}",
-        str(event["cluster"]),
-        f"{before}{event['status'] or UNKNOWN}{left}",
-        " ".join(text for text in (row["phase"], row["current_task"], _progress(row, 0), row["reason"]) if text),
-    ]
-    return _cut("  ".join(safe_text(cell) for cell in cells).rstrip(), width) + "\n"
 
 
 def format_log_line(line: JsonObject) -> str:
@@ -5371,48 +5699,16 @@ def format_log_line(line: JsonObject) -> str:
     return f"{line['time']} {str(line['level']).upper():<7} {safe_text(line['message'])}\n"
 
 
-def format_json_line(value: object) -> str:
-    """Return JSON on one line, harmless on a terminal."""
-    text = json.dumps(value, ensure_ascii=False)
-    return _HARMFUL.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n"
-
-
 def format_examination(clusters: Sequence[JsonObject], width: int | None) -> str:
     """Return what `clusters test` found, for a person."""
     text = ""
     for cluster in clusters:
         told = "ok" if cluster["ok"] else cluster["error"] or "not everything can be read"
-        text += _cut(safe_text(f"{cluster['name']} ({cluster['server'] or 'no server'}): {told}"), None) + "\n"
+        text += cut_text(safe_text(f"{cluster['name']} ({cluster['server'] or 'no server'}): {told}"), None) + "\n"
         for watch in cluster["watches"]:
             where = f"{watch['resource']} in {watch['namespace'] or 'all namespaces'}"
-            text += _cut(safe_text(f"  {where:<44} {watch['error'] or 'ok'}"), width) + "\n"
+            text += cut_text(safe_text(f"  {where:<44} {watch['error'] or 'ok'}"), width) + "\n"
     return text
-
-
-def safe_lines(text: str) -> str:
-    """Return several lines that are harmless on a terminal."""
-    return "".join(f"  {safe_text(line)}\n" for line in text.splitlines())
-
-
-def _cells(text: str) -> int:
-    """Return how many cells of a terminal a text takes (UAX 11)."""
-    if text.isascii():
-        return len(text)
-    return sum(
-        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text
-    )
-
-
-def _cut(text: str, width: int | None) -> str:
-    if width is None or _cells(text) <= width:
-        return text
-    kept, cells = [], 1  # one cell for the mark
-    for char in text:
-        cells += _cells(char)
-        if cells > width:
-            break
-        kept.append(char)
-    return "".join(kept) + "~"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -6899,7 +7195,9 @@ def query_helper(cache: str, seconds: str, out: TextIO) -> int:
 
 
 def shown_value(value: Any) -> Any:
-    """Return a value of SQLite's as JSON has it: a blob in hexadecimal."""
+    """Return a value of SQLite's as JSON has it: a blob in hexadecimal, infinity as a word."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     return value.hex() if isinstance(value, bytes) else value
 
 
@@ -9767,11 +10065,12 @@ class Context(NamedTuple):
     environment: Mapping[str, str]
     out: TextIO
     errors: TextIO
+    style: Style = PLAIN  # of tables
 
     @property
     def width(self) -> int | None:
-        """The terminal's width; None where the output is none."""
-        return shutil.get_terminal_size().columns if self.out.isatty() else None
+        """The terminal's width; None where the output is none, or where a wide table was asked for."""
+        return shutil.get_terminal_size().columns if self.out.isatty() and not self.style.wide else None
 
     def warn(self, line: str) -> None:
         """Tell the user something beside the answer."""
@@ -9808,7 +10107,10 @@ def runs_list(context: Context, arguments: argparse.Namespace) -> int:
         source, parts = "the cache", check_synced(reader.freshness(), arguments.cluster)
         rows = _runs_in_cache(reader, arguments)
     tell_source(context, source, parts)
-    print_answer(context, arguments.output, rows, lambda now: format_runs(rows, parts, now, context.width))
+    columns, shown = columns_with_age(RUN_COLUMNS, rows, parts)
+    print_answer(
+        context, arguments.output, rows, lambda now: format_table(columns, shown, now, context.width, context.style)
+    )
     return 0
 
 
@@ -9829,7 +10131,7 @@ def runs_show(context: Context, arguments: argparse.Namespace) -> int:
         run = pick_run([Run(**values) for values in found], wanted)
         tell_source(context, "the cache", check_synced(reader.freshness(), [run.cluster]))
         row = {**run._asdict(), **reader.run_details(run.run_id)}
-    print_answer(context, arguments.output, row, lambda now: format_run(row, now, context.width))
+    print_answer(context, arguments.output, row, lambda now: format_run(row, now, context.width, context.style))
     return 0
 
 
@@ -9846,7 +10148,10 @@ def clusters_list(context: Context, arguments: argparse.Namespace) -> int:
     names = ("name", "server", "priority", "connected", "error", "last_event_at")
     answer = [{name: row[name] for name in names} for row in answer]
     print_answer(
-        context, arguments.output, answer, lambda now: format_table(CLUSTER_COLUMNS, answer, now, context.width)
+        context,
+        arguments.output,
+        answer,
+        lambda now: format_table(CLUSTER_COLUMNS, answer, now, context.width, context.style),
     )
     return 0
 
@@ -9862,7 +10167,10 @@ def query(context: Context, arguments: argparse.Namespace) -> int:
     names = result.columns
     answer = [dict(zip(names, map(shown_value, row))) for row in result.rows]
     print_answer(
-        context, arguments.output, answer, lambda now: format_table(columns_for(names), answer, now, context.width)
+        context,
+        arguments.output,
+        answer,
+        lambda now: format_table(columns_for(names), answer, now, context.width, context.style),
     )
     return 0
 
@@ -9896,8 +10204,11 @@ def tell_source(context: Context, source: str, parts: Sequence[Freshness]) -> No
 
 
 def print_answer(context: Context, output: str, answer: object, table: Callable[[float], str]) -> None:
-    """Write an answer in the format asked for."""
-    context.out.write(format_json(answer) if output == "json" else table(time.time()))
+    """Write an answer in the format asked for; `table` makes the one for people, given the time."""
+    if output in ("table", "wide"):
+        context.out.write(table(time.time()))
+    else:
+        context.out.write(format_answer(answer, output, titles=context.style.titles))
 
 
 def configured_clusters(settings: Settings, environment: Mapping[str, str]) -> list[ClusterSpec]:
@@ -10141,7 +10452,12 @@ def clusters_discover(context: Context, arguments: argparse.Namespace) -> int:
         rows.append({"name": spec.name, "context": spec.context, "kubeconfig": spec.kubeconfig, "status": status})
     for note in discovery.notes:
         context.warn(note)
-    print_answer(context, arguments.output, rows, lambda now: format_table(DISCOVERY_COLUMNS, rows, now, context.width))
+    print_answer(
+        context,
+        arguments.output,
+        rows,
+        lambda now: format_table(DISCOVERY_COLUMNS, rows, now, context.width, context.style),
+    )
     return 0
 
 
@@ -10285,7 +10601,8 @@ class Command(NamedTuple):
 
 
 def _output_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-o", "--output", choices=("table", "json"), default="table", help="format (default: table)")
+    parser.add_argument("-o", "--output", choices=FORMATS, default="table", help="format (default: table)")
+    parser.add_argument("--no-headers", action="store_true", help="without titles (table, wide, csv, tsv)")
 
 
 def _selection_arguments(parser: argparse.ArgumentParser) -> None:
@@ -10534,9 +10851,20 @@ def make_parser(command: Command) -> argparse.ArgumentParser:
     )
     parser.add_argument("-h", "--help", action="store_true", help="show this")
     command.arguments(parser)
+    parser.add_argument(
+        "--color", choices=("auto", "always", "never"), default="auto", help="colours (default: on a terminal)"
+    )
     for flag, what in zip(_GLOBAL_FLAGS, ("config.yaml", "cache.db", "the daemon's socket")):
         parser.add_argument(flag, metavar="PATH", help=f"where {what} is")
     return parser
+
+
+def style_from(arguments: argparse.Namespace, environment: Mapping[str, str], *, is_terminal: bool) -> Style:
+    """Return how tables are drawn; `--color` leads, then NO_COLOR (no-color.org), then whether it is a terminal."""
+    plain = bool(environment.get("NO_COLOR")) or environment.get("TERM", "dumb") == "dumb"
+    colour = arguments.color == "always" or (arguments.color == "auto" and is_terminal and not plain)
+    titles = not getattr(arguments, "no_headers", False)
+    return Style(colour, titles, getattr(arguments, "output", None) == "wide")
 
 
 def help_of(words: Sequence[str]) -> str:
@@ -10602,7 +10930,8 @@ def _dispatch(argv: Sequence[str], out: TextIO, errors: TextIO) -> int:
     settings = settings._replace(cache=os.path.abspath(settings.cache))  # the daemon's own folder is another
     if settings.socket is not None:
         settings = settings._replace(socket=os.path.abspath(settings.socket))
-    return command.run(Context(settings, os.environ, out, errors), arguments)
+    style = style_from(arguments, os.environ, is_terminal=out.isatty())
+    return command.run(Context(settings, os.environ, out, errors, style), arguments)
 
 
 def main(argv: Sequence[str], out: TextIO, errors: TextIO) -> int:
