@@ -54,7 +54,8 @@ Shell:
     Server                connections: what clients say -> requests, answers -> what they read
     Daemon: log           the daemon's log, in memory; its last words
     Daemon: following     what watches tell -> store, cache, bus
-    Daemon                composition root: settings -> parts; signals, orderly stop
+    Daemon: service manager  systemd's: readiness, reload, stop, watchdog, a socket that it opened; signals
+    Daemon                composition root: settings -> parts; orderly stop
     Client                a connection to the daemon, for commands
     Direct                what asks an API server at once: one request, its credentials, its response as it comes
     Diagnosis             clusters test
@@ -79,7 +80,7 @@ import re
 import sys
 import time
 from collections import deque, namedtuple
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from datetime import datetime, timedelta, timezone
 
 TYPE_CHECKING = False  # as type checkers know it: typing itself costs 3 ms at every start
@@ -279,6 +280,7 @@ SOCKET_PATH_BYTES: Final = 103  # sun_path holds 104 bytes on macOS, 108 on Linu
 CONNECTIONS_MAX: Final = 1000
 DESCRIPTORS: Final = 4096  # a thousand clients, five watches a namespace, and room
 LISTEN_BACKLOG: Final = 1024
+FIRST_GIVEN_FD: Final = 3  # SD_LISTEN_FDS_START: behind stdin, stdout, stderr
 ACCEPT_PAUSE_S: Final = 0.5  # when no descriptor is left
 ACCEPTS_PER_TURN: Final = 64  # before others get their turn
 WEBSOCKET_KEY_CHARS: Final = 24  # 16 bytes in base64
@@ -8135,9 +8137,13 @@ class UnixListener:
         found = os.stat(path)
         self._inode = found.st_dev, found.st_ino
 
+    def adopt(self, listener: socket.socket) -> None:
+        """Listen on a socket whose file is the service manager's to keep and to take away."""
+        self._listener = Listener(self._reactor, listener, self._on_accept)
+
     def keep(self) -> None:
         """Make the socket again where its file has vanished or is another's now. Raises SocketError."""
-        if not self._is_in_place():
+        if self._path and not self._is_in_place():
             self._close_listener()
             self.open(self._path)
 
@@ -8528,6 +8534,7 @@ class Server:
         self._connections: dict[ServerConnection, None] = {}
         self._listeners: dict[Subscription, ServerConnection] = {}
         self.open = self._unix.open
+        self.adopt = self._unix.adopt
         self.keep = self._unix.keep
         reactor.call_every(min(timing.request, timing.ping) / 2, self._check_time)
 
@@ -8805,6 +8812,127 @@ def progress_of(scope: Scope, resource_version: str, now: float) -> Progress:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Daemon: service manager
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class ServiceManager:
+    """What systemd hands in and is told (sd_notify(3), sd_listen_fds(3)), and the signals; without systemd just these.
+
+    The variables are taken out of the environment: helper processes must not take them for theirs.
+    """
+
+    def __init__(self, environment: MutableMapping[str, str], reactor: Reactor, log: logging.Logger) -> None:
+        self._reactor = reactor
+        self._log = log
+        self._address = environment.pop("NOTIFY_SOCKET", "")
+        self._status = ""
+        usec, pid = environment.pop("WATCHDOG_USEC", ""), environment.pop("WATCHDOG_PID", "")
+        watched = self._address and usec.isdigit() and int(usec) > 0 and pid in ("", str(os.getpid()))
+        self._watchdog_s = int(usec) / 1e6 if watched else None
+        self._listener = self._given_listener(environment)
+
+    def open(self, server: Server, settings: Settings) -> str:
+        """Listen on the socket handed in, else where the settings say; return its path. Raises SocketError."""
+        if self._listener is not None:
+            server.adopt(self._listener)
+            return str(self._listener.getsockname())
+        path = choose_socket(settings)
+        server.open(path)
+        return path
+
+    def attend(self, reload: Callable[[], object], stop: Callable[[], None]) -> None:
+        """Take signals from now on, and tell the watchdog that the loop turns."""
+        signal.set_wakeup_fd(self._reactor.wake_fd, warn_on_full_buffer=False)
+
+        def on_signal(number: int, _frame: object) -> None:
+            if number == signal.SIGHUP:
+                self._reactor.call_soon(lambda: self.reload(reload))
+                return
+            self._log.info("%s: stopping", signal.Signals(number).name)
+            stop()
+
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, on_signal)
+        if self._watchdog_s is not None:
+            faulthandler.enable()  # systemd ends a daemon that hangs with SIGABRT; so the journal tells where it hung
+            self._reactor.call_every(self._watchdog_s / 2, lambda: self._tell("WATCHDOG=1"))
+
+    def reload(self, reload: Callable[[], object]) -> None:
+        """Reload, for want of somebody to answer telling the log what fails."""
+        try:
+            reload()
+        except FabrikError as error:
+            self._log.error("not reloaded: %s", error)
+
+    def ready(self) -> None:
+        """Say that the daemon has started, or that it has reloaded."""
+        self._tell("READY=1")
+
+    def reloading(self) -> None:
+        """Say that a reload begins; `ready` must follow."""
+        self._tell(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
+    def stopping(self) -> None:
+        """Say that the end begins."""
+        self._tell("STOPPING=1")
+
+    def status(self, text: str) -> None:
+        """Say in one line how it is, where that is news."""
+        if text != self._status:
+            self._status = text
+            self._tell(f"STATUS={text}")
+
+    def _tell(self, state: str) -> None:
+        if not self._address:
+            return
+        address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.setblocking(False)
+            try:
+                sock.sendto(state.encode(), address)
+            except OSError as error:
+                self._log.warning("systemd was not told %r: %s", state, error)
+
+    def _given_listener(self, environment: MutableMapping[str, str]) -> socket.socket | None:
+        """Return the Unix socket that systemd opened for us, None where there is none."""
+        count, pid = environment.pop("LISTEN_FDS", ""), environment.pop("LISTEN_PID", "")
+        environment.pop("LISTEN_FDNAMES", None)
+        if not count.isdigit() or pid != str(os.getpid()):
+            return None
+        found = None
+        for descriptor in range(FIRST_GIVEN_FD, FIRST_GIVEN_FD + int(count)):
+            try:
+                os.set_inheritable(descriptor, False)
+                sock = socket.socket(fileno=descriptor)
+            except OSError as error:
+                self._log.warning("descriptor %d from systemd is no socket: %s", descriptor, error)
+                continue
+            if found is None and _is_listener(sock):
+                sock.setblocking(False)
+                found = sock
+            else:
+                self._log.warning("socket %d from systemd is not used: one Unix stream socket is", descriptor)
+                sock.close()
+        return found
+
+
+def service_status(clusters: Iterable[Cluster]) -> str:
+    """Return in one line which clusters are followed, and which of them are away."""
+    named = [(cluster.spec.name, cluster.is_connected) for cluster in clusters]
+    connected, away = ([name for name, is_there in named if is_there is wanted] for wanted in (True, False))
+    told = f"following {', '.join(connected)}" if connected else "no cluster is connected"
+    return safe_text(f"{told}; not connected: {', '.join(away)}" if away else told)
+
+
+def _is_listener(sock: socket.socket) -> bool:
+    """Say whether this is a listening Unix stream socket that has a path."""
+    name = sock.getsockname()
+    kind = sock.family == socket.AF_UNIX and sock.type == socket.SOCK_STREAM and isinstance(name, str) and bool(name)
+    return kind and bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Daemon
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -8938,11 +9066,12 @@ class Daemon:
         self._credentials = Credentials(self._reactor, settings.timing)
         self._follower = Follower(self.store, self.cache, self.bus, self._log)
         self._server = Server(self._reactor, Requests(DaemonKnowledge(self)), self._unsubscribe, settings.timing)
+        self._manager = ServiceManager(os.environ, self._reactor, self._log)
         self._follower.on_news = self._server.wake
         self._follower.on_settled = self._on_settled
         self.ring.wake = lambda subscriptions: self._reactor.call_soon(lambda: self._server.wake(subscriptions))
         self._once = False
-        self._ready: Callable[[], None] = lambda: None
+        self._ready: Callable[[], None] | None = None
         self._ever_worked = False  # a configuration that never did is an error; later it may mend itself
         self._clusters_file = file_times([settings.clusters_file])
         self._failure: FabrikError | None = None
@@ -8950,8 +9079,7 @@ class Daemon:
 
     def run(self, ready: Callable[[], None]) -> None:
         """Serve and follow until a signal; `ready` is called when that can begin. Raises FabrikError."""
-        self.socket_path = choose_socket(self.settings)
-        self._server.open(self.socket_path)
+        self.socket_path = self._manager.open(self._server, self.settings)
         raise_descriptor_limit()
         self._reactor.call_every(self.settings.timing.housekeeping, self._keep_house)
         self._reactor.call_every(self.settings.timing.idle_seq, lambda: self._server.wake(self.bus.idle()))
@@ -8973,6 +9101,13 @@ class Daemon:
 
     def reload(self) -> JsonObject:
         """Follow the clusters that are configured now; return what that changed. Raises ConfigError."""
+        self._manager.reloading()
+        try:
+            return self._reload()
+        finally:
+            self._manager.ready()
+
+    def _reload(self) -> JsonObject:
         specs = {spec.name: spec for spec in self._read_clusters() if spec.enabled}
         twins = {name for name, cluster in self._follower.clusters.items() if isinstance(cluster.error, TwinError)}
         changed = [
@@ -8998,7 +9133,7 @@ class Daemon:
 
     def _run(self, ready: Callable[[], None]) -> None:
         self.cache.start()
-        self._take_signals()
+        self._manager.attend(self.reload, self._reactor.stop)
         for name in self._resumption.followed:
             if name not in self._specs:
                 self._follower.forget_cluster(name)
@@ -9027,6 +9162,7 @@ class Daemon:
 
     def _on_settled(self, cluster: Cluster) -> None:
         clusters = self._follower.clusters.values()
+        self._manager.status(service_status(self.clusters_in_order()))
         self._ever_worked = self._ever_worked or any(each.error is None and each.server for each in clusters)
         if len(clusters) == len(self._specs) and all(each.is_settled for each in clusters):
             self.store.settle()
@@ -9040,8 +9176,10 @@ class Daemon:
             self._reactor.stop()
 
     def _be_ready(self) -> None:
-        ready, self._ready = self._ready, lambda: None
-        ready()
+        ready, self._ready = self._ready, None
+        if ready is not None:
+            ready()
+            self._manager.ready()
 
     def _unsubscribe(self, subscription: Subscription) -> None:
         self.bus.unsubscribe(subscription)
@@ -9075,7 +9213,7 @@ class Daemon:
         def done(found: Any, _error: BaseException | None) -> None:
             if found is not None and found != self._clusters_file:
                 self._clusters_file = found
-                self._reload_by_signal()
+                self._manager.reload(self.reload)
 
         self._reactor.run_blocking(lambda: file_times([self.settings.clusters_file]), done)
 
@@ -9085,25 +9223,8 @@ class Daemon:
         for cluster in self._follower.clusters.values():
             cluster.recycle("the host slept")
 
-    def _take_signals(self) -> None:
-        signal.set_wakeup_fd(self._reactor.wake_fd, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, _frame: object) -> None:
-        if number == signal.SIGHUP:
-            self._reactor.call_soon(self._reload_by_signal)
-            return
-        self._log.info("%s: stopping", signal.Signals(number).name)
-        self._reactor.stop()
-
-    def _reload_by_signal(self) -> None:
-        try:
-            self.reload()
-        except FabrikError as error:
-            self._log.error("not reloaded: %s", error)
-
     def _end(self) -> None:
+        self._manager.stopping()
         for cluster in self._follower.clusters.values():
             cluster.stop()
             self.cache.put([cluster_statement(cluster.spec.name, {"connected": 0})])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from fakes import Authority
 from harness import Cluster, Daemon
+from hosts import Host
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -82,3 +84,17 @@ def make_daemon(executable: Path, unpacked: Path, tmp_path: Path) -> Iterator[Ca
     yield make
     for daemon in daemons:
         daemon.kill()
+
+
+@pytest.fixture
+def make_host(executable: Path, unpacked: Path, tmp_path: Path) -> Iterator[Callable[..., Host]]:
+    """Make hosts whose daemons (not started yet) follow these clusters; at the end no daemon is left."""
+    with contextlib.ExitStack() as hosts:
+        made: list[Host] = []
+
+        def make(*clusters: Cluster, **timing: object) -> Host:
+            root = tmp_path / f"host{len(made)}"
+            made.append(hosts.enter_context(Host(executable, unpacked, root, clusters, timing=timing)))
+            return made[-1]
+
+        yield make

@@ -51,20 +51,6 @@ def model(authority: Authority, serve: Serve) -> ModelServer:
     return server
 
 
-@pytest.fixture
-def make_host(executable: Path, unpacked: Path, tmp_path: Path) -> Iterator[Callable[..., Host]]:
-    """Make hosts whose daemons (not started yet) follow these clusters; at the end no daemon is left."""
-    with contextlib.ExitStack() as hosts:
-        made: list[Host] = []
-
-        def make(*clusters: Cluster, **timing: object) -> Host:
-            root = tmp_path / f"host{len(made)}"
-            made.append(hosts.enter_context(Host(executable, unpacked, root, clusters, timing=timing)))
-            return made[-1]
-
-        yield make
-
-
 def one_line(done: subprocess.CompletedProcess[str]) -> str:
     """Return the one line that a refusal says."""
     (line,) = done.stderr.splitlines()
