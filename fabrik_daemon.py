@@ -17,6 +17,7 @@ Core:
     Errors                one hierarchy, each with its exit code and HTTP status
     Vocabulary            the few types that several sections share
     Text and time         RFC 3339, durations, quantities, ULIDs, safe access to JSON
+    Settings: remote      how a daemon is reached over TCP, and how another host's is
     Settings              flags, environment and files -> frozen settings
     Kubeconfig            which contexts are fabrik clusters, and what a connection needs
     Projection: reports   what Smithers says of its run, in every dialect
@@ -35,6 +36,7 @@ Core:
     WebSocket             frames over wsproto: bytes in, texts out
     Requests              the daemon's API: request -> answer, the same for every framing
     Requests: framings    JSON lines, HTTP and WebSocket: bytes -> requests, answers -> bytes
+    Requests: access      whom a remote daemon lets in, and what it lets them ask
     Views: text           where hostile text is made safe, measured in cells and cut
     Views: tables         rows -> aligned columns that fit the terminal
     Views: formats        rows -> json, jsonl, yaml, csv, tsv, names
@@ -51,11 +53,13 @@ Shell:
     Watcher               drives one Watch machine over one Stream
     Watcher: clusters     who a cluster is, how it is reached, and its watches together
     Server: listeners     the Unix socket: where it may be, and who is let in
+    Server: remote        the TCP listener of remote mode: TLS, limits, token and certificate files
     Server                connections: what clients say -> requests, answers -> what they read
     Daemon: log           the daemon's log, in memory; its last words
     Daemon: following     what watches tell -> store, cache, bus
     Daemon: service manager  systemd's: readiness, reload, stop, watchdog, a socket that it opened; signals
     Daemon                composition root: settings -> parts; orderly stop
+    Client: remote        a connection to another host's daemon, which outlasts breaks
     Client                a connection to the daemon, for commands
     Direct                what asks an API server at once: one request, its credentials, its response as it comes
     Diagnosis             clusters test
@@ -281,6 +285,17 @@ CONNECTIONS_MAX: Final = 1000
 DESCRIPTORS: Final = 4096  # a thousand clients, five watches a namespace, and room
 LISTEN_BACKLOG: Final = 1024
 FIRST_GIVEN_FD: Final = 3  # SD_LISTEN_FDS_START: behind stdin, stdout, stderr
+REMOTE_PORT: Final = 8080
+REMOTE_KUBECONFIG: Final = "/etc/fabrik/kubeconfig"  # a file, or a folder of them
+REMOTE_CONNECTIONS: Final = 500  # of remote clients together; those on the Unix socket have their own
+REMOTE_CONNECTIONS_EACH: Final = 50  # of one peer; a proxy is many
+REMOTE_HEADERS_BYTES: Final = 16 * 1024  # a browser's have some 2 KB
+REMOTE_BODY_BYTES: Final = 64 * 1024  # of a request: no SQL comes from there
+REMOTE_REQUESTS_PER_S: Final = 50.0  # of one peer, in the long run
+REMOTE_REQUESTS_BURST: Final = 200.0  # of one peer, at once
+REMOTE_WRONG_TOKEN_COST: Final = 20.0  # requests that a wrong token counts for: 10 at once, then 2.5 a second
+REMOTE_PEERS: Final = 10_000  # whose rate is known; the one not seen for longest is forgotten
+TOKEN_MIN_CHARS: Final = 16  # fewer can be guessed
 ACCEPT_PAUSE_S: Final = 0.5  # when no descriptor is left
 ACCEPTS_PER_TURN: Final = 64  # before others get their turn
 WEBSOCKET_KEY_CHARS: Final = 24  # 16 bytes in base64
@@ -425,6 +440,28 @@ class ProtocolError(FabrikError):
     """A peer sent what its protocol does not allow; the connection is of no use any more."""
 
     exit_code, http_status, code = 5, 502, "protocol"
+
+
+class RefusedError(FabrikError):
+    """What this peer may not ask, or not so."""
+
+    exit_code, http_status, code = 9, 403, "refused"
+
+
+class TokenError(RefusedError):
+    """A remote client that shows no token, or a wrong one."""
+
+    http_status, code = 401, "unauthorized"
+
+
+class RateError(RefusedError):
+    """A remote client that asks too much; `retry_after_s` says when it may again."""
+
+    http_status, code = 429, "too_many_requests"
+
+    def __init__(self, retry_after_s: int) -> None:
+        super().__init__("too many requests", f"ask again in {retry_after_s} s")
+        self.retry_after_s = retry_after_s
 
 
 class RemoteError(FabrikError):
@@ -798,6 +835,239 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(choices)}"
 
 
+def expand_home(path: str, environment: Mapping[str, str]) -> str:
+    """Return a path whose leading `~` is the user's home."""
+    if path == "~" or path.startswith("~/"):
+        return environment.get("HOME", "/") + path[1:]
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings: remote
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Exposure(NamedTuple):
+    """How a daemon is reached over TCP, in remote mode. It may hold a secret: never log one."""
+
+    host: str  # the address it listens at; empty: all of them
+    port: int
+    tls_cert: str | None = None  # PEM files
+    tls_key: str | None = None
+    token_file: str | None = None  # one token a line
+    token: str | None = None  # of the environment, where there is no file
+    behind_proxy: bool = False  # a proxy in front does TLS, and says for whom it asks
+    hosts: frozenset[str] = frozenset()  # names it goes by, beside localhost and addresses
+    origins: frozenset[str] = frozenset()  # of web pages that may ask, beside its own
+    kubeconfig: str = REMOTE_KUBECONFIG
+
+    def __repr__(self) -> str:
+        return f"Exposure({self.host}:{self.port})"
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files that are read again when they change."""
+        return tuple(path for path in (self.tls_cert, self.tls_key, self.token_file) if path)
+
+    @property
+    def words(self) -> list[str]:
+        """The words of a command line that say the same, but for a token that stands in the environment."""
+        words = ["--mode", "remote", "--listen", self.host or "*", "--port", str(self.port)]
+        for flag, path in zip(
+            ("--tls-cert", "--tls-key", "--token-file"), (self.tls_cert, self.tls_key, self.token_file)
+        ):
+            words += [flag, path] if path else []
+        words += ["--behind-proxy"] if self.behind_proxy else []
+        words += [word for host in sorted(self.hosts) for word in ("--allow-host", host)]
+        return words + [word for origin in sorted(self.origins) for word in ("--allow-origin", origin)]
+
+
+class ExposureFlags(NamedTuple):
+    """What the command line says of remote mode, by the flags' names; None or empty where it says nothing."""
+
+    mode: str | None = None
+    listen: str | None = None
+    port: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    behind_proxy: bool = False
+    allow_host: Sequence[str] = ()
+    allow_origin: Sequence[str] = ()
+
+
+MODES: Final = ("host", "remote")
+
+
+def exposure_from(flags: ExposureFlags, token_file: str | None, environment: Mapping[str, str]) -> Exposure | None:
+    """Return how the daemon is to be reached over TCP, None in host mode. Raises ConfigError for what is not safe."""
+    mode = flags.mode or environment.get("MODE") or "host"
+    if mode not in MODES:
+        raise ConfigError(f"MODE is {mode[:80]!r}", nearest(mode, MODES))
+    if mode == "host":
+        for name, value in flags._replace(mode=None)._asdict().items():
+            if value:
+                raise UsageError(f"--{name.replace('_', '-')} is for remote mode", "add --mode remote")
+        return None
+
+    def path_of(flag: str | None, variable: str) -> str | None:
+        path = flag or environment.get(variable)
+        return expand_home(path, environment) if path else None
+
+    behind_proxy = flags.behind_proxy or _is_on(environment, "FABRIK_BEHIND_PROXY")
+    cert, key = path_of(flags.tls_cert, "FABRIK_TLS_CERT"), path_of(flags.tls_key, "FABRIK_TLS_KEY")
+    host = flags.listen or environment.get("FABRIK_LISTEN") or ("*" if cert or behind_proxy else "127.0.0.1")
+    exposure = Exposure(
+        host="" if host == "*" else host,
+        port=_parse_port(flags.port or environment.get("WEBSOCKET_PORT") or str(REMOTE_PORT)),
+        tls_cert=cert,
+        tls_key=key,
+        token_file=path_of(token_file, "FABRIK_TOKEN_FILE"),
+        token=environment.get("FABRIK_TOKEN"),
+        behind_proxy=behind_proxy,
+        hosts=frozenset(map(_parse_host, flags.allow_host or _words_of(environment, "FABRIK_ALLOWED_HOSTS"))),
+        origins=frozenset(map(_parse_origin, flags.allow_origin or _words_of(environment, "FABRIK_ALLOWED_ORIGINS"))),
+        kubeconfig=environment.get("FABRIK_KUBECONFIG") or REMOTE_KUBECONFIG,
+    )
+    _check_exposure(exposure)
+    return exposure
+
+
+def _check_exposure(exposure: Exposure) -> None:
+    if bool(exposure.tls_cert) != bool(exposure.tls_key):
+        raise ConfigError("a TLS certificate and its key go together", "give both --tls-cert and --tls-key")
+    if not exposure.tls_cert and not exposure.behind_proxy and not is_loopback(exposure.host):
+        told = f"without TLS, tokens would cross the network in plain text to {exposure.host or 'every address'}"
+        raise ConfigError(told, "give --tls-cert and --tls-key, or --behind-proxy where a proxy in front does TLS")
+    if not exposure.token_file and not exposure.token:
+        raise ConfigError("remote mode needs a token", "give --token-file, or set FABRIK_TOKEN")
+
+
+def parse_tokens(text: str, where: str) -> tuple[bytes, ...]:
+    """Return the SHA-256 of each token, one a line: all that is kept of them. Raises ConfigError."""
+    tokens = [line.strip() for line in text.splitlines() if line.strip()]
+    if not tokens:
+        raise ConfigError(f"{where}: no token in it", "write one to it: 'openssl rand -hex 32'")
+    for token in tokens:
+        check_token(token, where)
+    if min(map(len, tokens)) < TOKEN_MIN_CHARS:
+        hint = f"take {TOKEN_MIN_CHARS} characters or more: 'openssl rand -hex 32'"
+        raise ConfigError(f"{where}: a token that can be guessed", hint)
+    return tuple(map(token_digest, tokens))
+
+
+def check_token(token: str, where: str) -> None:
+    """Raise ConfigError for a token that no header can hold."""
+    if not re.fullmatch(r"[!-~]+", token):
+        raise ConfigError(f"{where}: a token has characters that no header can hold", "take letters and digits")
+
+
+def token_digest(token: str) -> bytes:
+    """Return what tokens are compared by."""
+    return hashlib.sha256(token.encode("utf-8", "replace")).digest()
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether a host is this one by name or address, whatever a resolver says."""
+    try:
+        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _parse_port(text: str) -> int:
+    port = parse_int(text)
+    if port is None or port > 65535:
+        raise ConfigError(f"{text[:80]!r} is no port", "--port and WEBSOCKET_PORT take 0 to 65535; 0 is any free one")
+    return port
+
+
+def _parse_host(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,252})", text, re.ASCII):
+        raise ConfigError(f"{text[:80]!r} is no host's name", "write it as in a URL, without scheme and port")
+    return text.lower().rstrip(".")
+
+
+def _parse_origin(text: str) -> str:
+    if not re.fullmatch(r"https?://[A-Za-z0-9.\[\]:_-]+", text, re.ASCII):
+        raise ConfigError(f"{text[:80]!r} is no origin", "write scheme and host: https://dashboard.example.com")
+    return text.lower()
+
+
+def _is_on(environment: Mapping[str, str], name: str) -> bool:
+    value = environment.get(name, "").lower()
+    if value not in ("", "0", "1", "false", "true", "no", "yes", "off", "on"):
+        raise ConfigError(f"{name} is {value[:80]!r}", "set it to true or false")
+    return value in ("1", "true", "yes", "on")
+
+
+def _words_of(environment: Mapping[str, str], name: str) -> tuple[str, ...]:
+    return tuple(environment.get(name, "").replace(",", " ").split())
+
+
+class RemoteDaemon(NamedTuple):
+    """A daemon on another host, as `--remote` names it. It may hold a secret: never log one."""
+
+    url: str  # ws:// or wss://, without a slash at its end
+    token: str | None = None
+    ca_file: str | None = None  # None: the authorities that this host trusts
+
+    def __repr__(self) -> str:
+        return f"RemoteDaemon({self.url})"
+
+
+def remote_from(
+    url: str,
+    token_file: str | None,
+    ca_file: str | None,
+    environment: Mapping[str, str],
+    read: Callable[[str], str | None],
+) -> RemoteDaemon:
+    """Return the remote daemon at a URL, with the token of a file, else of the environment. Raises ConfigError.
+
+    `read` returns a file's text, None where there is no such file.
+    """
+    url, token = parse_remote(url), environment.get("FABRIK_TOKEN")
+    token_file = token_file or (None if token else environment.get("FABRIK_TOKEN_FILE"))
+    ca_file = ca_file or environment.get("FABRIK_CA_FILE")
+    if token_file:
+        token = _read_token(expand_home(token_file, environment), read)
+    if token:
+        check_token(token, token_file or "FABRIK_TOKEN")
+        host = urllib.parse.urlsplit(url).hostname or ""
+        if url.startswith("ws:") and not is_loopback(host):
+            raise ConfigError(f"without TLS, the token would cross the network in plain text to {host}", "write wss://")
+    return RemoteDaemon(url, token or None, expand_home(ca_file, environment) if ca_file else None)
+
+
+def parse_remote(url: str) -> str:
+    """Return the URL of a remote daemon as that of a WebSocket; http(s):// means the same. Raises ConfigError."""
+    hint = "write wss://host/daemon"
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise ConfigError("--remote: this is no URL", hint) from None
+    if parts.username is not None or parts.query or parts.fragment:
+        raise ConfigError(
+            "--remote: a secret has no place in a URL", "give the token with --token-file or FABRIK_TOKEN"
+        )
+    scheme = {"wss": "wss", "https": "wss", "ws": "ws", "http": "ws"}.get(parts.scheme)
+    if scheme is None or not parts.hostname:
+        raise ConfigError(f"--remote: {clip(url[:80])!r} is no URL of a daemon", hint)
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"{scheme}://{host}{f':{port}' if port else ''}{parts.path.rstrip('/')}"
+
+
+def _read_token(path: str, read: Callable[[str], str | None]) -> str:
+    text = read(path)
+    if text is None:
+        raise ConfigError(f"{path}: no such file", "name the file that holds the token with --token-file")
+    tokens = text.split()
+    if not tokens:
+        raise ConfigError(f"{path}: no token in it", "write the daemon's token to it")
+    return tokens[0]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings
 # ----------------------------------------------------------------------------------------------------------------------
@@ -833,6 +1103,8 @@ class Timing(NamedTuple):
     request: float = 30.0  # from a request's first byte to its last
     ping: float = 30.0  # a WebSocket client that says nothing is asked whether it is there, and twice that is enough
     socket_check: float = 5.0  # whether the socket's file is still there
+    remote_backoff_min: float = 0.5  # of a command that was cut off from a remote daemon
+    remote_backoff_max: float = 30.0
     stop: float = 1.5  # what the cache gets to write its last, of the 2 s of an orderly stop
     laos_answer: float = 10.0  # until a service of LAOS has answered
     laos_retry_max: float = 30.0  # between two attempts at one that is away; the first come sooner
@@ -905,6 +1177,8 @@ class Settings(NamedTuple):
     timing: Timing = Timing()
     laos: Laos = Laos()
     metrics_listen: tuple[str, int] | None = None  # host and port; None: on the Unix socket alone
+    remote: RemoteDaemon | None = None  # who is asked in place of this host's daemon
+    exposure: Exposure | None = None  # how the daemon is reached over TCP; None: not at all
 
 
 class Flags(NamedTuple):
@@ -939,13 +1213,6 @@ _SERVICE_KEYS: Final = {
     "caFile": "ca_file",
 }
 _TIMING_KEYS: Final = {re.sub(r"_(\w)", lambda match: match[1].upper(), name): name for name in Timing._fields}
-
-
-def expand_home(path: str, environment: Mapping[str, str]) -> str:
-    """Return a path whose leading `~` is the user's home."""
-    if path == "~" or path.startswith("~/"):
-        return environment.get("HOME", "/") + path[1:]
-    return path
 
 
 def settings_from(flags: Flags, environment: Mapping[str, str], read: Callable[[str], str | None]) -> Settings:
@@ -1343,6 +1610,26 @@ def fabrik_clusters(document: JsonObject, path: str) -> list[ClusterSpec]:
             shown = "k3s" if path == K3S_KUBECONFIG and name == "default" else name
             found.append(ClusterSpec(shown, path, context=name, namespaces=namespaces, is_discovered=True))
     return found
+
+
+def mounted_clusters(documents: Mapping[str, JsonObject]) -> list[ClusterSpec]:
+    """Return the clusters of kubeconfigs (path -> document) that were put there for the daemon.
+
+    They are a file's fabrik contexts, else its current one. Between several files one named `default`, as k3s has
+    them, or like one before it goes by its file's name.
+    """
+    found: dict[str, ClusterSpec] = {}
+    for path, document in documents.items():
+        current = text_at(document, "current-context")
+        specs = fabrik_clusters(document, path)
+        if not specs and current is not None:
+            specs = [ClusterSpec(current, path, context=current, is_discovered=True)]
+        for spec in specs:
+            file = path.rpartition("/")[2].partition(".")[0] or spec.name
+            is_vague = spec.name in found or (spec.name == "default" and len(documents) > 1)
+            name = file if is_vague else spec.name
+            found.setdefault(name, spec._replace(name=name))
+    return list(found.values())
 
 
 def connection_from(resolved: JsonObject) -> Connection:
@@ -3306,8 +3593,9 @@ class HttpRequest(NamedTuple):
 class HttpServerCodec:
     """The server side of HTTP/1.1 (RFC 9112): requests in, responses out, one after the other."""
 
-    def __init__(self) -> None:
-        self._connection = h11.Connection(h11.SERVER, max_incomplete_event_size=HEADERS_MAX_BYTES)
+    def __init__(self, headers_bytes: int = HEADERS_MAX_BYTES, body_bytes: int = REQUEST_MAX_BYTES) -> None:
+        self._connection = h11.Connection(h11.SERVER, max_incomplete_event_size=headers_bytes)
+        self._body_bytes = body_bytes
         self._request: h11.Request | None = None
         self._body = b""
 
@@ -3367,8 +3655,8 @@ class HttpServerCodec:
                 self._request, self._body = event, b""
             elif isinstance(event, h11.Data):
                 self._body += event.data
-                if len(self._body) > REQUEST_MAX_BYTES:
-                    raise ProtocolError(f"a request of over {REQUEST_MAX_BYTES} bytes")
+                if len(self._body) > self._body_bytes:
+                    raise ProtocolError(f"a request of over {self._body_bytes} bytes")
             elif isinstance(event, h11.EndOfMessage) and self._request is not None:
                 yield self._whole(self._request)
             else:
@@ -4634,7 +4922,10 @@ class Requests:
         parts = [part._asdict() for part in self._synced({run.cluster})]
 
         def work() -> Reply:
-            return Reply({"run": {**run._asdict(), **self._knowledge.run_details(run)}, "clusters": parts})
+            details = self._knowledge.run_details(run)
+            if request.get("keptLogs") is False:
+                details["events"] = [event for event in details["events"] if event["event_type"] != "log_line"]
+            return Reply({"run": {**run._asdict(), **details}, "clusters": parts})
 
         return Later(work)
 
@@ -4737,7 +5028,7 @@ def _number(request: JsonObject, name: str, default: int) -> int:
 class Access(Protocol):
     """What the clients of one listener may do."""
 
-    speaks_lines: bool  # JSON lines, besides HTTP and WebSocket
+    is_local: bool  # on the Unix socket, where one may speak JSON lines too, ask at length and be silent for long
 
     def check_http(self, http: HttpRequest) -> None:
         """Let an HTTP request or a WebSocket handshake pass. Raises FabrikError."""
@@ -4749,7 +5040,7 @@ class Access(Protocol):
 class FullAccess:
     """Everything: for those whom the listener has known before it let them in."""
 
-    speaks_lines = True
+    is_local = True
 
     def check_http(self, http: HttpRequest) -> None:
         """Let every HTTP request pass."""
@@ -4876,10 +5167,15 @@ class RequestDecoder:
         return value
 
 
+def bare_path(path: str) -> str:
+    """Return a path without the /daemon that every route stands under too, and without a slash at its end."""
+    return (path[len("/daemon") :] if path.startswith("/daemon/") else path).rstrip("/") or "/"
+
+
 def request_from_http(http: HttpRequest) -> JsonObject:
     """Return the request that an HTTP request means. Raises NotFoundError, UsageError or MethodError."""
-    path = http.path[len("/daemon") :] if http.path.startswith("/daemon/") else http.path
-    action = _ROUTES.get(path.rstrip("/") or "/")
+    path = bare_path(http.path)
+    action = _ROUTES.get(path)
     request: JsonObject = {"action": action}
     if action is None and path.startswith("/v1/runs/"):
         action, request = "runs.show", {"action": "runs.show", "run": path[len("/v1/runs/") :]}
@@ -4928,7 +5224,7 @@ def _query_parameters(query: Mapping[str, list[str]]) -> JsonObject:
 
 def framing_for(data: bytes, access: Access) -> Framing:
     """Return the framing of a client that begins with these bytes."""
-    return HttpFraming(access) if data[:1].isalpha() or not access.speaks_lines else LinesFraming()
+    return HttpFraming(access) if data[:1].isalpha() or not access.is_local else LinesFraming()
 
 
 class LinesFraming:
@@ -4986,7 +5282,8 @@ class HttpFraming:
 
     def __init__(self, access: Access) -> None:
         self._access = access
-        self._codec = HttpServerCodec()
+        sizes = () if access.is_local else (REMOTE_HEADERS_BYTES, REMOTE_BODY_BYTES)
+        self._codec = HttpServerCodec(*sizes)
         self._http: HttpRequest | None = None  # which is being answered
 
     @property
@@ -5016,7 +5313,8 @@ class HttpFraming:
         """Yield a response; of a subscription, its head."""
         status = answer.http_status if isinstance(answer, FabrikError) else 200
         kind = "application/x-ndjson" if isinstance(answer, Subscribed) else "application/json"
-        yield self._codec.head(status, [("Content-Type", kind), ("Cache-Control", "no-store")])
+        more = _error_headers(answer, request) if isinstance(answer, FabrikError) else []
+        yield self._codec.head(status, [("Content-Type", kind), ("Cache-Control", "no-store"), *more])
         if isinstance(answer, Subscribed):
             return
         yield from map(self._codec.chunk, _answer_pieces(answer, request))
@@ -5111,6 +5409,16 @@ class WebSocketFraming:
         return self._codec.close(code) if self.is_open else b""
 
 
+def _error_headers(error: FabrikError, request: JsonObject) -> list[tuple[str, str]]:
+    """Return what HTTP says of an error beside its status; the length lets simple clients read its words."""
+    headers = [("Content-Length", str(len(format_line(error_message(error, request)))))]
+    if error.http_status == TokenError.http_status:
+        headers.append(("WWW-Authenticate", 'Bearer realm="fabrik"'))
+    if isinstance(error, RateError):
+        headers.append(("Retry-After", str(error.retry_after_s)))
+    return headers
+
+
 def _answer_pieces(answer: Reply | Subscribed | FabrikError, request: JsonObject) -> Iterator[bytes]:
     if isinstance(answer, FabrikError):
         return iter([format_line(error_message(answer, request))])
@@ -5124,6 +5432,200 @@ def request_from_text(text: str) -> JsonObject | UsageError:
     except (ValueError, RecursionError):
         return UsageError(f"this is no JSON: {clip(text[:60])!r}", 'send one object: {"action": "status"}')
     return said if isinstance(said, dict) else UsageError("a request is a JSON object", 'write {"action": "status"}')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Requests: access
+# ----------------------------------------------------------------------------------------------------------------------
+
+# What takes nothing but reading, and tells no more than the clusters do. An action that is not here stays at home.
+REMOTE_ACTIONS: Final = frozenset(
+    ("ping", "status", "runs.list", "runs.show", "clusters.list", "subscribe", "unsubscribe")
+)
+HEALTH_ROUTES: Final = frozenset(("/healthz", "/readyz"))
+OPEN_ROUTES: Final = HEALTH_ROUTES | {"/metrics"}  # without a token: the kubelet and Prometheus have none
+OPEN_ACTIONS: Final = frozenset(route[1:] for route in OPEN_ROUTES)
+TOKEN_PROTOCOL: Final = "fabrik.bearer."  # noqa: S105 - in Sec-WebSocket-Protocol: browsers set no other header
+
+
+class RateLimiter:
+    """How much each peer has asked for lately: a bucket that leaks, so that bursts pass and floods do not."""
+
+    def __init__(self, per_second: float, burst: float, peers: int) -> None:
+        self._per_second = per_second
+        self._burst = burst
+        self._peers = peers
+        self._levels: dict[str, tuple[float, float]] = {}  # what is in the bucket, and as of when; the latest last
+
+    def take(self, peer: str, now: float) -> float:
+        """Count a request; return 0, or the seconds until it may be asked again, and then it does not count."""
+        level = self._level(peer, now)
+        if level + 1 > self._burst:
+            return (level + 1 - self._burst) / self._per_second
+        self._set(peer, level + 1, now)
+        return 0.0
+
+    def charge(self, peer: str, now: float, cost: float) -> None:
+        """Count what cost more than a request."""
+        self._set(peer, min(self._burst, self._level(peer, now) + cost), now)
+
+    def _level(self, peer: str, now: float) -> float:
+        level, at = self._levels.get(peer, (0.0, now))
+        return max(0.0, level - (now - at) * self._per_second)
+
+    def _set(self, peer: str, level: float, now: float) -> None:
+        self._levels.pop(peer, None)
+        self._levels[peer] = level, now
+        if len(self._levels) > self._peers:
+            del self._levels[next(iter(self._levels))]
+
+
+class Gate:
+    """Whom a remote daemon lets in: by host, origin, token and rate. What it says never holds a token."""
+
+    def __init__(self, exposure: Exposure, digests: Sequence[bytes], now: Callable[[], float]) -> None:
+        self.digests = digests  # of the tokens that are good now
+        self.refused = 0  # requests
+        self._exposure = exposure
+        self._now = now
+        self._rates = RateLimiter(REMOTE_REQUESTS_PER_S, REMOTE_REQUESTS_BURST, REMOTE_PEERS)
+
+    def count(self, peer: str) -> None:
+        """Count a request of a peer. Raises RateError."""
+        wait_s = self._rates.take(peer, self._now())
+        if wait_s:
+            raise self.refusal(RateError(math.ceil(wait_s)))
+
+    def refusal(self, error: RefusedError) -> RefusedError:
+        """Return the error with which a request is refused, which is counted."""
+        self.refused += 1
+        return error
+
+    def peer_of(self, http: HttpRequest, address: str) -> str:
+        """Return who asks, as one name for all that one client may be: its address, its network with IPv6.
+
+        Of X-Forwarded-For only the last entry is the proxy's own; those before it are the client's to invent.
+        """
+        last = http.headers.get("x-forwarded-for", "").rpartition(",")[2].strip()
+        return peer_name(last) or address if self._exposure.behind_proxy else address
+
+    def check(self, http: HttpRequest, peer: str) -> bytes | None:
+        """Let a request pass; return the digest of its token, None where it needs none. Raises RefusedError."""
+        self.count(peer)
+        route = bare_path(http.path)
+        if route in HEALTH_ROUTES:
+            return None
+        self._check_host(http)
+        self._check_origin(http)
+        if route in OPEN_ROUTES:
+            return None
+        token = _shown_token(http)
+        if token is None:
+            raise self.refusal(TokenError("this daemon wants a token", "send it as 'Authorization: Bearer ...'"))
+        digest = token_digest(token)
+        if not sum([hmac.compare_digest(digest, good) for good in self.digests]):  # all of them, in constant time
+            self._rates.charge(peer, self._now(), REMOTE_WRONG_TOKEN_COST)
+            raise self.refusal(
+                TokenError("this token is not the daemon's", "ask whoever runs the daemon for its token")
+            )
+        return digest
+
+    def _check_host(self, http: HttpRequest) -> None:
+        """Refuse names that are not ours: behind such a one a web page reaches us as if we were its own host.
+
+        Only names can be pointed elsewhere ("DNS rebinding"), so addresses pass.
+        """
+        host = host_of(http.headers.get("host", ""))
+        if host != "localhost" and host not in self._exposure.hosts and not _is_address(host):
+            told = f"this daemon does not go by the name {clip(host[:80])!r}"
+            raise self.refusal(RefusedError(told, "start it with --allow-host and that name, if it is right"))
+
+    def _check_origin(self, http: HttpRequest) -> None:
+        """Refuse web pages of other hosts; who sends no Origin is no web page that could be told from others."""
+        origin = http.headers.get("origin", "").lower()
+        own = origin.partition("://")[2] == http.headers.get("host", "").lower()
+        if origin and not own and origin not in self._exposure.origins:
+            told = f"pages of {clip(origin[:80])!r} may not ask"
+            raise self.refusal(
+                RefusedError(told, "start the daemon with --allow-origin and that origin, if it is right")
+            )
+
+
+class RemoteAccess:
+    """What the client of one TCP connection may do: read, as long as its token is good."""
+
+    is_local = False
+
+    def __init__(self, gate: Gate, address: str) -> None:
+        self._gate = gate
+        self.address = self._peer = address
+        self._digest: bytes | None = None
+        self._is_counted = False  # the request that came by HTTP; over WebSocket each message counts
+
+    def check_http(self, http: HttpRequest) -> None:
+        """Let an HTTP request or a WebSocket handshake pass. Raises RefusedError."""
+        self._digest = None  # a token holds for the request that it came with
+        self._peer = self._gate.peer_of(http, self.address)
+        self._digest = self._gate.check(http, self._peer)
+        self._is_counted = not wants_websocket(http)
+
+    def check(self, request: JsonObject) -> None:
+        """Let a request pass, less what is never served to remote clients. Raises RefusedError."""
+        if not self._is_counted:
+            self._gate.count(self._peer)
+        self._is_counted = False
+        action = request.get("action")
+        if action in OPEN_ACTIONS:
+            return
+        if not self.is_good or self._digest is None:
+            raise self._gate.refusal(TokenError("this token is not the daemon's any more", "connect with the new one"))
+        if isinstance(action, str) and action not in REMOTE_ACTIONS:
+            told = f"{clip(action[:80])!r} is not served to remote clients"
+            raise self._gate.refusal(RefusedError(told, f"choose from {', '.join(sorted(REMOTE_ACTIONS))}"))
+        request["keptLogs"] = False
+
+    @property
+    def is_good(self) -> bool:
+        """Whether the token that was shown is still the daemon's; true where none was needed."""
+        return self._digest is None or self._digest in self._gate.digests
+
+
+def peer_name(address: str) -> str:
+    """Return one name for all addresses that one client may have: a /64 of IPv6; empty for what is no address."""
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return ""
+    if isinstance(ip, ipaddress.IPv4Address):
+        return str(ip)
+    return str(ip.ipv4_mapped or ipaddress.ip_network((int(ip), 64), strict=False))
+
+
+def host_of(authority: str) -> str:
+    """Return the host of a Host header, in lower case, without its port."""
+    host = authority.partition("]")[0][1:] if authority.startswith("[") else authority.partition(":")[0]
+    return host.lower().rstrip(".")
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _shown_token(http: HttpRequest) -> str | None:
+    scheme, _, token = http.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return token.strip()
+    for entry in http.headers.get("sec-websocket-protocol", "").split(","):
+        if entry.strip().startswith(TOKEN_PROTOCOL):
+            encoded = entry.strip()[len(TOKEN_PROTOCOL) :].rstrip("=")
+            with contextlib.suppress(ValueError):
+                return base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4)).decode("utf-8")
+            return ""
+    return None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -6467,7 +6969,7 @@ class Dialer:
         try:
             sock = self._socket = socket.socket(family, socket.SOCK_STREAM)
             sock.setblocking(False)
-            _tune(sock)
+            tune(sock)
             sock.connect(address)
         except BlockingIOError:
             pass
@@ -6510,21 +7012,30 @@ class Dialer:
             do_handshake_on_connect=False,
             suppress_ragged_eofs=False,  # an end without close_notify is an error here, not an end
         )
-        self._shake_hands(secured)
+        shake_hands(self._reactor, secured, lambda error: self._on_secured(secured, error))
 
-    def _shake_hands(self, sock: ssl.SSLSocket) -> None:
-        try:
-            sock.do_handshake()
-        except ssl.SSLWantReadError:
-            self._reactor.register(sock, selectors.EVENT_READ, lambda _: self._shake_hands(sock))
-        except ssl.SSLWantWriteError:
-            self._reactor.register(sock, selectors.EVENT_WRITE, lambda _: self._shake_hands(sock))
-        except ssl.SSLCertVerificationError as error:
-            self._finish(None, f"the server's certificate is not accepted: {error.verify_message}")
-        except (ssl.SSLError, OSError) as error:
-            self._finish(None, f"no TLS with the server: {getattr(error, 'reason', None) or error.strerror or error}")
-        else:
+    def _on_secured(self, sock: ssl.SSLSocket, error: OSError | None) -> None:
+        if error is None:
             self._finish(sock, "")
+        elif isinstance(error, ssl.SSLCertVerificationError):
+            self._finish(None, f"the server's certificate is not accepted: {error.verify_message}")
+        else:
+            why = getattr(error, "reason", None) or error.strerror or error
+            self._finish(None, f"no TLS with the server: {why}")
+
+
+def shake_hands(reactor: Reactor, sock: ssl.SSLSocket, done: Callable[[OSError | None], None]) -> None:
+    """Go through a TLS handshake, from either side; `done` gets what went wrong. The socket stays registered."""
+    try:
+        sock.do_handshake()
+    except ssl.SSLWantReadError:
+        reactor.register(sock, selectors.EVENT_READ, lambda _: shake_hands(reactor, sock, done))
+    except ssl.SSLWantWriteError:
+        reactor.register(sock, selectors.EVENT_WRITE, lambda _: shake_hands(reactor, sock, done))
+    except OSError as error:  # ssl.SSLError is one
+        done(error)
+    else:
+        done(None)
 
 
 class Stream:
@@ -6684,7 +7195,7 @@ def receive_from(sock: socket.socket) -> tuple[bytes, bool, str]:
     return bytes(data), False, ""
 
 
-def _tune(sock: socket.socket) -> None:
+def tune(sock: socket.socket) -> None:
     """Let the system find dead connections too, where it can."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -7397,6 +7908,19 @@ def read_kubeconfig(path: str) -> JsonObject:
         raise ConfigError(f"{path}: {error.strerror}", hint) from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not UTF-8", "this is no kubeconfig") from None
+
+
+def read_mounted(place: str) -> list[ClusterSpec]:
+    """Return the clusters of a kubeconfig, or of a folder of them, in the files' order. Raises ConfigError.
+
+    A mounted Secret is a folder whose names with a leading dot are how its files change all at once.
+    """
+    try:
+        names = sorted(name for name in os.listdir(place) if not name.startswith("."))
+        paths = [os.path.join(place, name) for name in names]
+    except OSError:
+        paths = [place]
+    return mounted_clusters({path: read_kubeconfig(path) for path in paths if os.path.isfile(path)})
 
 
 def _refuse_unsupported(path: str, cluster: JsonObject, user: JsonObject) -> None:
@@ -8277,6 +8801,210 @@ _PRIVATE_SUFFIX: Final = "/.f12345678/s"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Server: remote
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Secrets(NamedTuple):
+    """What a remote daemon's files hold: never log it."""
+
+    digests: tuple[bytes, ...]
+    context: ssl.SSLContext | None  # None: plain HTTP
+
+
+def read_secrets(exposure: Exposure) -> Secrets:
+    """Read token and certificate. Raises ConfigError."""
+    if exposure.token_file is not None:
+        digests = parse_tokens(_read_file(exposure.token_file), exposure.token_file)
+    else:
+        digests = parse_tokens(exposure.token or "", "FABRIK_TOKEN")
+    return Secrets(digests, _server_context(exposure))
+
+
+def _read_file(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+
+
+def _server_context(exposure: Exposure) -> ssl.SSLContext | None:
+    if exposure.tls_cert is None:
+        return None
+
+    def password() -> str:
+        raise ValueError("encrypted")  # without it OpenSSL asks on the terminal
+
+    for path in (exposure.tls_cert, exposure.tls_key):
+        _read_file(path or "")  # its words name the file that is missing; OpenSSL's do not
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        context.load_cert_chain(exposure.tls_cert, exposure.tls_key, password)
+    except ValueError:
+        raise ConfigError(f"{exposure.tls_key}: the key is encrypted", "write it without a password") from None
+    except (ssl.SSLError, OSError) as error:
+        why = getattr(error, "reason", None) or "not PEM"
+        told = f"{exposure.tls_cert} and {exposure.tls_key} do not load ({why})"
+        raise ConfigError(told, "they must be PEM, and belong together") from None
+    return context
+
+
+class RemoteListener:
+    """The TCP listener of remote mode: its connections pass limits and TLS here, then a request at a time the gate.
+
+    Raises ConfigError for token or certificate files that are of no use, SocketError where it cannot listen.
+    """
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        exposure: Exposure,
+        timing: Timing,
+        admit: Callable[[socket.socket, Access], None],
+    ) -> None:
+        self._reactor = reactor
+        self._exposure = exposure
+        self._timing = timing
+        self._admit = admit
+        self._log = logging.getLogger("fabrik-daemon.remote")
+        self._times = file_times(exposure.files)
+        self._secrets = read_secrets(exposure)
+        self._gate = Gate(exposure, self._secrets.digests, reactor.now)
+        self._open: dict[socket.socket, RemoteAccess] = {}
+        self._turned_away = 0  # connections, by the limits
+        self._told = (0, 0)
+        sock = _bind(exposure)
+        host, port = sock.getsockname()[:2]
+        self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._listener = Listener(reactor, sock, self._on_accept)
+        reactor.call_every(timing.files_check, self._keep)
+        self._log.info("listening on %s with %s", self._address, "TLS" if self._secrets.context else "plain HTTP")
+
+    def close(self) -> None:
+        """Listen no more, and end the handshakes that are under way."""
+        self._listener.close()
+        for sock in self._open:
+            self._reactor.unregister(sock)
+            sock.close()
+
+    def status(self) -> JsonObject:
+        """Return what `status` tells of remote mode."""
+        self._forget_closed()
+        return {
+            "listen": self._address,
+            "tls": self._secrets.context is not None,
+            "behind_proxy": self._exposure.behind_proxy,
+            "connections": len(self._open),
+            "turned_away": self._turned_away,
+            "refused": self._gate.refused,
+        }
+
+    def _keep(self) -> None:
+        """Read token and certificate again where they have changed; tell how many were refused meanwhile."""
+        refused, turned_away = self._gate.refused - self._told[0], self._turned_away - self._told[1]
+        if refused or turned_away:
+            self._log.warning("refused %d requests and %d connections of remote clients", refused, turned_away)
+            self._told = self._gate.refused, self._turned_away
+
+        def done(found: Any, error: BaseException | None) -> None:
+            if isinstance(error, FabrikError):
+                self._log.error("goes on with the token and certificate from before: %s", error)
+            elif found is not None:
+                self._replace_secrets(found)
+
+        def look() -> Secrets | None:
+            times = file_times(self._exposure.files)
+            if times == self._times:
+                return None
+            self._times = times
+            return read_secrets(self._exposure)
+
+        self._reactor.run_blocking(look, done)
+
+    def _replace_secrets(self, secrets: Secrets) -> None:
+        """Take up new ones; who came with a token that is good no more must come again."""
+        self._secrets = secrets
+        self._gate.digests = secrets.digests
+        self._log.info("token and certificate were read anew")
+        self._forget_closed()
+        for sock, access in self._open.items():
+            if not access.is_good:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)  # its owner sees the end, and lets go
+
+    def _on_accept(self, sock: socket.socket) -> None:
+        try:
+            address = peer_name(sock.getpeername()[0])
+            tune(sock)
+        except OSError:  # gone already
+            sock.close()
+            return
+        self._forget_closed()
+        same = sum(access.address == address for access in self._open.values())
+        if len(self._open) >= REMOTE_CONNECTIONS or (
+            same >= REMOTE_CONNECTIONS_EACH and not self._exposure.behind_proxy
+        ):
+            self._turned_away += 1
+            sock.close()
+            return
+        access = RemoteAccess(self._gate, address)
+        if self._secrets.context is None:
+            self._open[sock] = access
+            self._admit(sock, access)
+        else:
+            self._secure(sock, access, self._secrets.context)
+
+    def _secure(self, sock: socket.socket, access: RemoteAccess, context: ssl.SSLContext) -> None:
+        try:
+            secured = context.wrap_socket(
+                sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=False
+            )
+        except OSError:  # gone already
+            sock.close()
+            return
+        self._open[secured] = access
+
+        def done(error: OSError | None) -> None:
+            timer.cancel()
+            self._reactor.unregister(secured)
+            if error is None:
+                self._admit(secured, access)
+            else:
+                self._log.debug("no TLS with %s: %s", access.address, getattr(error, "reason", None) or error)
+                secured.close()
+
+        timer = self._reactor.call_later(self._timing.request, lambda: done(TimeoutError("too slow")))
+        shake_hands(self._reactor, secured, done)
+
+    def _forget_closed(self) -> None:
+        """Let go of connections that are over: a closed socket has no descriptor."""
+        for sock in [sock for sock in self._open if sock.fileno() < 0]:
+            del self._open[sock]
+
+
+def _bind(exposure: Exposure) -> socket.socket:
+    """Return a listener on TCP; without an address, on all of them, IPv6 and IPv4. Raises SocketError."""
+    host, port = exposure.host, exposure.port
+    try:
+        if host:
+            family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            sock = socket.create_server(address[:2], family=family, backlog=LISTEN_BACKLOG)
+        elif socket.has_dualstack_ipv6():
+            sock = socket.create_server(("", port), family=socket.AF_INET6, backlog=LISTEN_BACKLOG, dualstack_ipv6=True)
+        else:
+            sock = socket.create_server(("", port), backlog=LISTEN_BACKLOG)
+    except OSError as error:
+        told = f"{host or '*'}:{port}: {error.strerror or error}"
+        raise SocketError(told, "choose another with --listen and --port") from None
+    sock.setblocking(False)
+    return sock
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Server
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -8351,7 +9079,7 @@ class ServerConnection:
         self._ended = False  # the client sends no more
         self._over = False  # nor is it told more
         self._heard_at = server.reactor.now()
-        self._partial_since: float | None = None  # a request that has begun and not ended
+        self._partial_since = None if access.is_local else self._heard_at  # a request that has begun and not ended
         self._stream.adopt(sock)
 
     def on_open(self) -> None:
@@ -8405,15 +9133,16 @@ class ServerConnection:
     def check_time(self, now: float, timing: Timing) -> None:
         """Ask a client that is silent whether it is there; let go of one that does not answer, or never ends."""
         framing = self._framing
-        if framing is None or self._stream.is_closed or self._over:
+        if self._stream.is_closed or self._over:
             return
         if self._partial_since is not None and now - self._partial_since > timing.request:
             self._refuse(SlowError(f"a request must come within {timing.request:g} s"))
             self.pump()
-        elif now - self._heard_at > timing.ping and not self._stream.pending_bytes:
+        elif framing is not None and now - self._heard_at > timing.ping and not self._stream.pending_bytes:
             ping = framing.ping()
             self._stream.send(ping)
-            if ping and now - self._heard_at > 2 * timing.ping:
+            may_be_silent = not ping and (self._access.is_local or framing.is_busy)
+            if not may_be_silent and now - self._heard_at > 2 * timing.ping:
                 self.close()
 
     def _send_waiting(self, framing: Framing) -> None:
@@ -8524,10 +9253,12 @@ class Server:
     """The connections of every listener, and what they are told."""
 
     def __init__(
-        self, reactor: Reactor, requests: Requests, unsubscribe: Callable[[Subscription], None], timing: Timing
+        self, reactor: Reactor, requests: Requests, unsubscribe: Callable[[Subscription], None], settings: Settings
     ) -> None:
+        timing, exposure = settings.timing, settings.exposure
         self.reactor = reactor
         self.requests = requests
+        self.remote = RemoteListener(reactor, exposure, timing, self.admit) if exposure is not None else None
         self._timing = timing
         self._unsubscribe = unsubscribe
         self._unix = UnixListener(reactor, lambda sock: self.admit(sock, FullAccess()))
@@ -8546,8 +9277,10 @@ class Server:
             self._connections[ServerConnection(self, sock, access)] = None
 
     def close(self) -> None:
-        """Close the listener and every connection."""
+        """Close the listeners and every connection."""
         self._unix.close()
+        if self.remote is not None:
+            self.remote.close()
         for connection in list(self._connections):
             connection.close()
 
@@ -8962,6 +9695,7 @@ class DaemonKnowledge:
             "runs": len(runs),
             "runs_by_status": {status: runs.count(status) for status in (*STATUSES, UNKNOWN) if status in runs},
             "subscribers": len(daemon.bus),
+            "remote": daemon.server.remote.status() if daemon.server.remote is not None else None,
             "clusters": [self._cluster(cluster) for cluster in daemon.clusters_in_order()],
         }
 
@@ -9065,11 +9799,11 @@ class Daemon:
         self._reactor = Reactor(self._log)
         self._credentials = Credentials(self._reactor, settings.timing)
         self._follower = Follower(self.store, self.cache, self.bus, self._log)
-        self._server = Server(self._reactor, Requests(DaemonKnowledge(self)), self._unsubscribe, settings.timing)
+        self.server = Server(self._reactor, Requests(DaemonKnowledge(self)), self._unsubscribe, settings)
         self._manager = ServiceManager(os.environ, self._reactor, self._log)
-        self._follower.on_news = self._server.wake
+        self._follower.on_news = self.server.wake
         self._follower.on_settled = self._on_settled
-        self.ring.wake = lambda subscriptions: self._reactor.call_soon(lambda: self._server.wake(subscriptions))
+        self.ring.wake = lambda subscriptions: self._reactor.call_soon(lambda: self.server.wake(subscriptions))
         self._once = False
         self._ready: Callable[[], None] | None = None
         self._ever_worked = False  # a configuration that never did is an error; later it may mend itself
@@ -9079,10 +9813,10 @@ class Daemon:
 
     def run(self, ready: Callable[[], None]) -> None:
         """Serve and follow until a signal; `ready` is called when that can begin. Raises FabrikError."""
-        self.socket_path = self._manager.open(self._server, self.settings)
+        self.socket_path = self._manager.open(self.server, self.settings)
         raise_descriptor_limit()
         self._reactor.call_every(self.settings.timing.housekeeping, self._keep_house)
-        self._reactor.call_every(self.settings.timing.idle_seq, lambda: self._server.wake(self.bus.idle()))
+        self._reactor.call_every(self.settings.timing.idle_seq, lambda: self.server.wake(self.bus.idle()))
         self._reactor.call_every(self.settings.timing.socket_check, self._keep_socket)
         self._reactor.call_every(self.settings.timing.files_check, self._check_files)
         self._reactor.watch_sleep(self.settings.timing.sleep, self._on_sleep)
@@ -9201,7 +9935,7 @@ class Daemon:
 
     def _keep_socket(self) -> None:
         try:
-            self._server.keep()
+            self.server.keep()
         except SocketError as error:
             self._log.error("the socket cannot be made again: %s", error)
 
@@ -9231,7 +9965,7 @@ class Daemon:
         if not self.cache.close(self.settings.timing.stop):
             self._log.error("the cache could not be written to its end within %g s", self.settings.timing.stop)
         self._credentials.close()
-        self._server.close()
+        self.server.close()
         self._reactor.close()
         self._lock.release()
 
@@ -9248,6 +9982,160 @@ def raise_descriptor_limit() -> None:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Client: remote
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class _Place:
+    """Where in the stream a subscriber is, so that after a break it goes on there: no gap, no repeat."""
+
+    def __init__(self, fields: JsonObject) -> None:
+        self._fields = fields
+        self._stream: str | None = None
+        self._seq: int | None = None if fields.keys() & {"since", "includeHistory", "snapshot"} else -1
+        self.is_resumed = False
+
+    def request(self) -> JsonObject:
+        """Return the fields of the subscription that goes on from here."""
+        if self._stream is None or self._seq is None:
+            return self._fields  # nothing was told yet
+        self.is_resumed = True
+        kept = {name: value for name, value in self._fields.items() if name not in ("includeHistory", "snapshot")}
+        return {**kept, "since": {"stream": self._stream, "seq": self._seq}}
+
+    def note(self, message: JsonObject) -> None:
+        """Take in a message. A snapshot counts when it is whole, and `lagged` not at all: what follows it does."""
+        kind, seq = message.get("type"), parse_int(message.get("seq"))
+        if kind == "subscribed":
+            self._stream = message.get("stream")
+            if self._seq == -1:
+                self._seq = seq
+        elif seq is not None and (kind != "snapshot" or message.get("last")):
+            self._seq = seq
+
+
+class RemoteClient:
+    """A connection to a daemon on another host, which blocks; for commands. It can do what Client can."""
+
+    def __init__(self, remote: RemoteDaemon, timing: Timing, tell: Callable[[str], None]) -> None:
+        self._remote = remote
+        self._timing = timing
+        self._tell = tell  # gets what a person should know while it goes on
+        self._patient = False
+        self._socket = _dial(remote)
+
+    def ask(self, action: str, **fields: Any) -> JsonObject:
+        """Return the daemon's answer to one request. Raises RemoteError, or NotRunningError where it ends."""
+        return next(self.follow(action, **fields))
+
+    def follow(self, action: str, **fields: Any) -> Iterator[JsonObject]:
+        """Yield the messages that answer a request. Raises as `ask` does.
+
+        After `wait_forever` a subscription outlasts the connection: it goes on in the next one where it broke off.
+        """
+        place = _Place({name: value for name, value in fields.items() if value is not None})
+        while True:
+            try:
+                for message in self._messages({"action": action, **place.request()}):
+                    place.note(message)
+                    if message.get("type") != "subscribed" or not place.is_resumed:
+                        yield message
+            except NotRunningError as error:
+                if not self._patient or action != "subscribe":
+                    raise
+                self._tell(f"{error}; trying again")
+            self._redial()
+
+    def wait_forever(self) -> None:
+        """Wait for messages however long they take, and for the daemon where it is away."""
+        self._patient = True
+        self._socket.settimeout(self._timing.idle)  # a daemon that is there says so every 30 s
+
+    def wait_for_end(self) -> None:
+        """Wait until the daemon has closed the connection."""
+        with contextlib.suppress(websocket.WebSocketException, OSError):
+            while self._socket.recv():
+                pass
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._socket.shutdown()  # type: ignore[no-untyped-call]
+
+    def _messages(self, request: JsonObject) -> Iterator[JsonObject]:
+        try:
+            self._socket.send(format_line(request).decode())
+            while True:
+                message = parse_json(str(self._socket.recv()))
+                if message is None:
+                    raise NotRunningError("the daemon has ended the connection")
+                if message.get("type") == "error":
+                    raise RemoteError(message)
+                yield message
+        except websocket.WebSocketTimeoutException:
+            raise NotRunningError("the daemon does not answer") from None
+        except (websocket.WebSocketException, OSError, ValueError):
+            raise NotRunningError("the connection to the daemon broke") from None
+
+    def _redial(self) -> None:
+        self.close()
+        pause_s = self._timing.remote_backoff_min
+        while True:
+            time.sleep(pause_s * random.uniform(0.5, 1.0))
+            pause_s = min(2 * pause_s, self._timing.remote_backoff_max)
+            try:
+                self._socket = _dial(self._remote)
+            except NotRunningError:
+                continue  # it was told that the connection broke
+            except RemoteError as error:
+                if error.http_status != RateError.http_status:
+                    raise
+                continue
+            self.wait_forever()
+            self._tell("connected again")
+            return
+
+
+def _dial(remote: RemoteDaemon) -> websocket.WebSocket:
+    """Return a WebSocket to a remote daemon. Raises RemoteError where it refuses, else NotRunningError."""
+    url = f"{remote.url}/v1/stream"
+    try:
+        connection: websocket.WebSocket = websocket.create_connection(
+            url,
+            timeout=CLIENT_TIMEOUT_S,
+            header=[f"Authorization: Bearer {remote.token}"] if remote.token else [],
+            subprotocols=[SUBPROTOCOL],
+            suppress_origin=True,
+            redirect_limit=0,  # it would take the token along
+            sslopt={"context": _client_context(remote)},
+        )
+    except websocket.WebSocketBadStatusException as error:
+        told = parse_json((error.resp_body or b"").decode("utf-8", "replace"))
+        if told is not None and told.get("type") == "error":
+            raise RemoteError({**told, "http_status": error.status_code}) from None
+        raise NotRunningError(f"no daemon at {remote.url} (HTTP {error.status_code})", "check the URL") from None
+    except ssl.SSLCertVerificationError as error:
+        why = f"its certificate is not accepted: {error.verify_message}"
+        raise RefusedError(f"{remote.url}: {why}", "name its authority with --ca-file") from None
+    except (websocket.WebSocketException, OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise NotRunningError(f"no daemon answers at {remote.url}: {why}") from None
+    return connection
+
+
+def _client_context(remote: RemoteDaemon) -> ssl.SSLContext | None:
+    """Return the TLS settings for a remote daemon, None for ws://. Raises ConfigError."""
+    if remote.url.startswith("ws:"):
+        return None
+    try:
+        context = ssl.create_default_context(cafile=remote.ca_file)
+    except (ssl.SSLError, OSError) as error:
+        why = getattr(error, "reason", None) or error.strerror or "not PEM"
+        raise ConfigError(f"{remote.ca_file}: {why}", "give a PEM file of certificates with --ca-file") from None
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # as tls_context has it, and for the same reason
+    return context
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -9298,8 +10186,14 @@ class Client:
         self._socket.close()
 
 
-def connect(settings: Settings) -> Client | None:
-    """Return a connection to the daemon, None where none answers; one of another user is never asked."""
+def connect(settings: Settings, tell: Callable[[str], None] = lambda line: None) -> Client | RemoteClient | None:
+    """Return a connection to the daemon, None where none answers; one of another user is never asked.
+
+    A remote daemon answers, or it raises NotRunningError or RemoteError; `tell` gets what a person should know of a
+    connection that breaks and goes on.
+    """
+    if settings.remote is not None:
+        return RemoteClient(settings.remote, settings.timing, tell)
     for path in socket_candidates(settings):
         try:
             found = os.lstat(path)
@@ -10189,6 +11083,12 @@ class Context(NamedTuple):
     style: Style = PLAIN  # of tables
 
     @property
+    def daemon(self) -> str:
+        """What the daemon that answers is called."""
+        remote = self.settings.remote
+        return "the daemon" if remote is None else f"the daemon at {remote.url.partition('://')[2]}"
+
+    @property
     def width(self) -> int | None:
         """The terminal's width; None where the output is none, or where a wide table was asked for."""
         return shutil.get_terminal_size().columns if self.out.isatty() and not self.style.wide else None
@@ -10210,6 +11110,8 @@ def ask(context: Context, action: str, **fields: Any) -> JsonObject | None:
             return None
         raise
     except NotRunningError as error:
+        if context.settings.remote is not None:
+            raise  # this host's cache is of other clusters
         context.warn(f"{error}; the cache answers")
         return None
     finally:
@@ -10221,7 +11123,7 @@ def runs_list(context: Context, arguments: argparse.Namespace) -> int:
     wanted = {"status": arguments.status} if arguments.status else None
     reply = ask(context, "runs.list", clusters=arguments.cluster, filter=wanted, limit=arguments.limit)
     if reply is not None:
-        source, parts = "the daemon", [Freshness(**part) for part in reply["clusters"]]
+        source, parts = context.daemon, [Freshness(**part) for part in reply["clusters"]]
         rows = reply["runs"]
     else:
         reader = CacheReader(context.settings.cache)
@@ -10239,7 +11141,7 @@ def runs_show(context: Context, arguments: argparse.Namespace) -> int:
     """Show one run whole."""
     reply = ask(context, "runs.show", run=arguments.id)
     if reply is not None:
-        tell_source(context, "the daemon", [Freshness(**part) for part in reply["clusters"]])
+        tell_source(context, context.daemon, [Freshness(**part) for part in reply["clusters"]])
         row = reply["run"]
     else:
         reader = CacheReader(context.settings.cache)
@@ -10262,7 +11164,8 @@ def clusters_list(context: Context, arguments: argparse.Namespace) -> int:
     known = reply["clusters"] if reply is not None else _clusters_in_cache(context.settings.cache)
     rows: dict[str, JsonObject] = {row["name"]: row for row in known}
     empty = {"server": None, "connected": False, "error": None, "last_event_at": None}
-    for spec in configured_clusters(context.settings, context.environment):
+    here = context.settings.remote is None
+    for spec in configured_clusters(context.settings, context.environment) if here else []:
         row = {**empty, **rows.get(spec.name, {}), "name": spec.name, "priority": spec.priority}
         rows[spec.name] = {**row, "error": "disabled" if not spec.enabled else row["error"]}
     answer = sorted(rows.values(), key=lambda row: (row["priority"], row["name"]))
@@ -10337,7 +11240,8 @@ def configured_clusters(settings: Settings, environment: Mapping[str, str]) -> l
     clusters = parse_clusters(read_text(settings.clusters_file) or "", settings.clusters_file, environment)
     names = {cluster.name for cluster in clusters}
     contexts = {(cluster.kubeconfig, cluster.context) for cluster in clusters}
-    for cluster in discover(environment).clusters:
+    mounted = read_mounted(settings.exposure.kubeconfig) if settings.exposure is not None else []
+    for cluster in mounted or discover(environment).clusters:
         if cluster.name not in names and (cluster.kubeconfig, cluster.context) not in contexts:
             names.add(cluster.name)
             clusters.append(cluster)
@@ -10395,6 +11299,7 @@ def read_text(path: str) -> str | None:
 
 def start(context: Context, arguments: argparse.Namespace) -> int:
     """Start the daemon: in the background, or here until a signal comes."""
+    context = _exposed(context, arguments)
     for note in discover(context.environment).notes:
         context.warn(note)
     if arguments.foreground:
@@ -10417,6 +11322,18 @@ def start(context: Context, arguments: argparse.Namespace) -> int:
     context.out.write(f"fabrik-daemon {verb}\n" + format_status(client.ask("status"), time.time(), context.width))
     client.close()
     return 0
+
+
+def _exposed(context: Context, arguments: argparse.Namespace) -> Context:
+    """Return the context of a daemon that is reached as the flags of `start` say. Raises ConfigError."""
+    flags = ExposureFlags(**{name: getattr(arguments, name) for name in ExposureFlags._fields})
+    exposure = exposure_from(flags, arguments.token_file, context.environment)
+    if exposure is not None:
+        names = ("tls_cert", "tls_key", "token_file", "kubeconfig")
+        paths = {name: os.path.abspath(getattr(exposure, name)) for name in names if getattr(exposure, name)}
+        exposure = exposure._replace(**paths)  # the daemon's own folder is another
+        read_secrets(exposure)  # what is wrong with them is told here, before there is a daemon
+    return context._replace(settings=context.settings._replace(exposure=exposure))
 
 
 def stop(context: Context, arguments: argparse.Namespace) -> int:
@@ -10611,8 +11528,8 @@ def clusters_remove(context: Context, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _running(context: Context) -> Client:
-    client = connect(context.settings)
+def _running(context: Context) -> Client | RemoteClient:
+    client = connect(context.settings, context.warn)
     if client is None:
         raise NotRunningError("the daemon is not running", "run 'fabrik-daemon start'")
     return client
@@ -10628,11 +11545,12 @@ def _reload_if_running(context: Context) -> None:
         client.close()
 
 
-def _start_in_background(context: Context) -> Client:
+def _start_in_background(context: Context) -> Client | RemoteClient:
     """Start the daemon as a process of its own and return a connection to it. Raises with its words where it dies."""
     settings = context.settings
     places = ["--config", settings.config] if os.path.exists(settings.config) else []
     places += ["--cache", settings.cache, *(["--socket", settings.socket] if settings.socket else [])]
+    places += settings.exposure.words if settings.exposure is not None else ["--mode", "host"]
     environment = {**os.environ, "FABRIK_CONFIG": settings.config}
     process = subprocess.Popen(
         own_command("start", "--foreground", "--detach", *places),
@@ -10756,6 +11674,21 @@ def _query_arguments(parser: argparse.ArgumentParser) -> None:
 def _start_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--foreground", action="store_true", help="stay in the terminal; end with ^C")
     parser.add_argument("--detach", action="store_true", help=argparse.SUPPRESS)  # what the background process is told
+    remote = parser.add_argument_group("remote mode (README has its variables)")
+    remote.add_argument("--mode", choices=MODES, help="remote: serve other hosts too (default: $MODE, else host)")
+    remote.add_argument(
+        "--listen", metavar="ADDRESS", help="'*' for all (default: that with TLS or a proxy, else 127.0.0.1)"
+    )
+    remote.add_argument("--port", metavar="N", help="TCP port (default: $WEBSOCKET_PORT, else 8080)")
+    remote.add_argument("--tls-cert", metavar="PATH", help="its certificate, and those between it and its authority")
+    remote.add_argument("--tls-key", metavar="PATH", help="its key")
+    remote.add_argument("--behind-proxy", action="store_true", help="a proxy in front does TLS")
+    remote.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME", help="a name it goes by (repeatable)"
+    )
+    remote.add_argument(
+        "--allow-origin", action="append", default=[], metavar="URL", help="of web pages that may ask (repeatable)"
+    )
 
 
 def _logs_arguments(parser: argparse.ArgumentParser) -> None:
@@ -10930,7 +11863,15 @@ COMMANDS: Final = (
 )
 _HELPERS: Final = {"_credentials": credentials_helper, "_query": query_helper}
 _HELP_FLAGS: Final = frozenset(("-h", "--help"))
-_GLOBAL_FLAGS: Final = ("--config", "--cache", "--socket")
+_GLOBAL_FLAGS: Final = {
+    "--config": ("PATH", "where config.yaml is"),
+    "--cache": ("PATH", "where cache.db is"),
+    "--socket": ("PATH", "where the daemon's socket is"),
+    "--remote": ("URL", "ask the daemon there: wss://host/daemon"),
+    "--token-file": ("PATH", "where the token of a remote daemon is (default: $FABRIK_TOKEN)"),
+    "--ca-file": ("PATH", "the authorities for its certificate (default: this host's)"),
+}
+_REMOTE_COMMANDS: Final = frozenset(("status", "runs list", "runs show", "runs watch", "clusters list"))
 
 
 def find_command(words: Sequence[str]) -> tuple[Command, list[str]]:
@@ -10975,8 +11916,8 @@ def make_parser(command: Command) -> argparse.ArgumentParser:
     parser.add_argument(
         "--color", choices=("auto", "always", "never"), default="auto", help="colours (default: on a terminal)"
     )
-    for flag, what in zip(_GLOBAL_FLAGS, ("config.yaml", "cache.db", "the daemon's socket")):
-        parser.add_argument(flag, metavar="PATH", help=f"where {what} is")
+    for flag, (metavar, what) in _GLOBAL_FLAGS.items():
+        parser.add_argument(flag, metavar=metavar, help=what)
     return parser
 
 
@@ -11010,7 +11951,7 @@ def format_help() -> str:
         f"commands:\n{_command_lines(COMMANDS)}\n"
         "'fabrik-daemon COMMAND --help' shows a command's arguments and examples.\n"
         "exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 no such run or cluster,\n"
-        "            4 the daemon is not running, 5 a cluster did not answer, 130 interrupted\n"
+        "            4 the daemon is not running, 5 a cluster did not answer, 9 refused, 130 interrupted\n"
     )
 
 
@@ -11026,7 +11967,7 @@ def _split_global_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
             )
         size = 1 if equals else 2
         if len(rest) < size:
-            raise UsageError(f"{flag} needs a path")
+            raise UsageError(f"{flag} needs a value")
         flags += rest[:size]
         rest = rest[size:]
     return flags, rest
@@ -11051,8 +11992,22 @@ def _dispatch(argv: Sequence[str], out: TextIO, errors: TextIO) -> int:
     settings = settings._replace(cache=os.path.abspath(settings.cache))  # the daemon's own folder is another
     if settings.socket is not None:
         settings = settings._replace(socket=os.path.abspath(settings.socket))
+    settings = settings._replace(remote=_remote_of(command, arguments, os.environ))
     style = style_from(arguments, os.environ, is_terminal=out.isatty())
     return command.run(Context(settings, os.environ, out, errors, style), arguments)
+
+
+def _remote_of(command: Command, arguments: argparse.Namespace, environment: Mapping[str, str]) -> RemoteDaemon | None:
+    """Return the remote daemon that a command is to ask. A place on this host leads over FABRIK_REMOTE."""
+    if command.words not in _REMOTE_COMMANDS:
+        if arguments.remote:
+            raise RefusedError(f"'{command.words}' is for the daemon on its own host", "leave out --remote")
+        return None
+    here = arguments.cache or arguments.socket
+    url = arguments.remote or (None if here else environment.get("FABRIK_REMOTE"))
+    if not url:
+        return None
+    return remote_from(url, arguments.token_file, arguments.ca_file, environment, read_text)
 
 
 def main(argv: Sequence[str], out: TextIO, errors: TextIO) -> int:
