@@ -10114,7 +10114,9 @@ def _dial(remote: RemoteDaemon) -> websocket.WebSocket:
     except websocket.WebSocketBadStatusException as error:
         told = parse_json((error.resp_body or b"").decode("utf-8", "replace"))
         if told is not None and told.get("type") == "error":
-            raise RemoteError({**told, "http_status": error.status_code}) from None
+            if remote.token is None and told.get("code") == TokenError.code:
+                told["hint"] = "give it with --token-file or FABRIK_TOKEN"
+            raise RemoteError(told) from None
         raise NotRunningError(f"no daemon at {remote.url} (HTTP {error.status_code})", "check the URL") from None
     except ssl.SSLCertVerificationError as error:
         why = f"its certificate is not accepted: {error.verify_message}"
