@@ -62,11 +62,13 @@ Shell:
     Client: remote        a connection to another host's daemon, which outlasts breaks
     Client                a connection to the daemon, for commands
     Direct                what asks an API server at once: one request, its credentials, its response as it comes
+    Direct: logs          the logs of runs: from their Pods, from Loki, from what was kept
     Diagnosis             clusters test
     Services              service-templates/ -> units and manifests
     Services: demo server   an API server on loopback that plays a script
     Services: demo        scripted clusters, a daemon that follows them, and what is shown of it
     Commands: reading     one function per command
+    Commands: reading logs
     Commands: daemon and clusters
     Commands: installing
     Command line          parser, main
@@ -323,6 +325,9 @@ LOG_TRIES: Final = 3  # to reach a log at all
 LOG_STRANGE_TRIES: Final = (
     4  # with back-off some ten seconds: the API server learns of a restart later than that rarely
 )
+LOGS_AT_ONCE: Final = 200  # a connection each
+LOKI_PAGE_LINES: Final = 1000
+LOKI_RANGE_S: Final = 30 * 86400.0  # of a run that does not say when it began
 LOG_POLL_DOUBLINGS: Final = 3  # of the back-off while there is nothing to read
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4565,6 +4570,8 @@ class LogMachine:
     def on_pods(self, pods: Sequence[PodView], *, over: bool | None) -> list[LogAction]:
         """Take in the run's Pods, and whether its Job is over; None: unknown."""
         pods = sorted(pods, key=lambda pod: (pod.created_at, pod.name))
+        if self._reading is not None and not self._reading.follow:
+            return []
         if self._reading is not None:
             container = self._present(pods)
             if container is not None and container.number == self._number and container.state == "running":
@@ -5822,6 +5829,16 @@ def name_of(row: JsonObject) -> object:
 def format_json(value: object) -> str:
     """Return indented JSON with a newline at its end; text from a cluster stands escaped where it could do harm."""
     return safe_json(json.dumps(value, ensure_ascii=False, indent=2)) + "\n"
+
+
+_SGR = re.compile(r"\x1b\[[0-9;:]*m")  # colours, which programs print into their logs
+
+
+def format_printed(line: str, prefix: str = "", colour: str = "") -> str:
+    """Return a line that a container printed, harmless on a terminal: its own colours are left out, tabs stay."""
+    text = "\t".join(safe_text(part) for part in _SGR.sub("", line).split("\t"))
+    shown = f"{safe_text(prefix)} | " if prefix else ""
+    return (f"\x1b[{colour}m{shown}\x1b[0m" if colour and shown else shown) + text + "\n"
 
 
 def format_json_line(value: object) -> str:
@@ -10234,15 +10251,18 @@ class Receiver(Protocol):
         """Take in that it is over; `error` says why it is not whole, empty where it is."""
 
 
+Resolve = Callable[[Callable[[Union[Connection, FabrikError]], None]], None]  # calls back with what it found
+
+
 class Site:
     """One cluster as a command asks it, without watches; credentials are resolved when they are first needed."""
 
-    def __init__(self, spec: ClusterSpec, reactor: Reactor, credentials: Credentials, timing: Timing) -> None:
+    def __init__(self, spec: ClusterSpec, reactor: Reactor, resolve: Resolve, timing: Timing) -> None:
         self.spec = spec
         self.reactor = reactor
         self.timing = timing
         self.connection: Connection | None = None
-        self._credentials = credentials
+        self._resolve_anew = resolve
         self._route: Route | None = None
         self._waiting: list[Callable[[FabrikError | None], None]] = []
 
@@ -10253,7 +10273,7 @@ class Site:
             return
         self._waiting.append(done)
         if len(self._waiting) == 1:
-            self._credentials.resolve(self.spec, self._on_resolved)
+            self._resolve_anew(self._on_resolved)
 
     def forget(self, route: Route) -> None:
         """Have the credentials resolved anew for what is asked next: those of this route were refused."""
@@ -10446,14 +10466,18 @@ class Direct:
 
     def __init__(self, settings: Settings, errors: TextIO) -> None:
         self.reactor = Reactor(make_log("error", errors, LogRing()))
-        self._timing = settings.timing
+        self.timing = settings.timing
         self._credentials = Credentials(self.reactor, settings.timing)
         self._sites: dict[str, Site] = {}
 
     def site(self, spec: ClusterSpec) -> Site:
         """Return a cluster, the same for the same name."""
         if spec.name not in self._sites:
-            self._sites[spec.name] = Site(spec, self.reactor, self._credentials, self._timing)
+
+            def resolve(done: Callable[[Connection | FabrikError], None]) -> None:
+                self._credentials.resolve(spec, done)
+
+            self._sites[spec.name] = Site(spec, self.reactor, resolve, self.timing)
         return self._sites[spec.name]
 
     @staticmethod
@@ -10483,6 +10507,368 @@ class Direct:
         """Give everything back."""
         self._credentials.close()
         self.reactor.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Direct: logs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class LogSink(Protocol):
+    """What takes the logs of runs in."""
+
+    def show(self, run: Run, line: ShowLine) -> None:
+        """Show a line."""
+
+    def say(self, run: Run, text: str) -> None:
+        """Tell the user something beside the log."""
+
+    def over(self, run: Run, end: LogOver) -> None:
+        """Take in that there is no more of this run."""
+
+
+class LogPrinter(Protocol):
+    """What shows the lines of logs."""
+
+    def show(self, run: Run, line: ShowLine) -> None:
+        """Show a line."""
+
+    def say(self, run: Run, text: str) -> None:
+        """Tell the user something beside the log."""
+
+
+class LogTail:
+    """Reads one run's log, as its machine has it."""
+
+    def __init__(self, direct: Direct, site: Site, run: Run, wish: LogWish, sink: LogSink) -> None:
+        self._direct = direct
+        self._site = site
+        self._run = run
+        self._sink = sink
+        self._machine = LogMachine(wish, site.timing, random.random)
+        self._decoder = LogDecoder()
+        self._head: ResponseHead | None = None
+        self._refusal = b""
+        self._call: Call | None = None
+        self._timer: Timer | None = None
+        self._found: dict[str, Got] = {}  # Pods and Job, while both are asked for
+        self._over = False
+
+    def start(self) -> None:
+        """Begin."""
+        self._do(self._machine.start())
+
+    def on_head(self, head: ResponseHead) -> None:
+        """Take in status and headers of the log's response."""
+        self._head = head
+
+    def on_body(self, data: bytes) -> None:
+        """Take in some of the log."""
+        self._arm(self._site.timing.idle)
+        if self._head is None or self._head.status != 200:
+            self._refusal = (self._refusal + data)[:REFUSAL_MAX_BYTES]
+            return
+        call = self._call
+        for line in self._decoder.receive(data):
+            self._do(self._machine.on_line(line))
+            if self._call is not call:
+                return
+
+    def on_end(self, error: str) -> None:
+        """Take in that the log's response is over."""
+        head, self._call = self._head, None
+        status = head.status if head is not None and not error else 0
+        if not error and head is not None and status != 200:
+            error = refusal_from_response(head, self._refusal).message
+        elif not error:
+            for line in self._decoder.end():
+                self._do(self._machine.on_line(line))
+        self._do(self._machine.on_log_end(status, error))
+
+    def _do(self, actions: Iterable[LogAction]) -> None:
+        for action in actions:
+            if self._over:
+                return
+            if isinstance(action, ShowLine):
+                self._sink.show(self._run, action)
+            elif isinstance(action, Say):
+                self._sink.say(self._run, action.text)
+            elif isinstance(action, OpenLog):
+                self._open(action)
+            elif isinstance(action, CloseLog):
+                self._close()
+            elif isinstance(action, FindPods):
+                self._find_pods()
+            elif isinstance(action, Pause):
+                self._arm(action.seconds)
+            else:
+                self._over = True
+                self._close()
+                self._arm(None)
+                self._sink.over(self._run, action)
+
+    def _open(self, wanted: OpenLog) -> None:
+        self._decoder, self._head, self._refusal = LogDecoder(), None, b""
+        target = f"{PODS.path(self._run.namespace)}/{urllib.parse.quote(wanted.pod, safe='')}/log?{wanted.query}"
+        self._arm(self._site.timing.idle)
+        self._call = Call(self._site, target, self, endless=wanted.follow)
+
+    def _close(self) -> None:
+        if self._call is not None:
+            self._call.cancel()
+            self._call = None
+
+    def _arm(self, seconds: float | None) -> None:
+        """Look around after so many seconds: a silent log may be that of a Pod that is gone."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None if seconds is None else self._site.reactor.call_later(seconds, self._on_time)
+
+    def _on_time(self) -> None:
+        self._arm(self._site.timing.idle)
+        self._do(self._machine.due())
+
+    def _find_pods(self) -> None:
+        run = self._run
+        self._found.clear()
+        selector = f"job-name={run.job_name}" if run.job_name else f"{FABRIK_PREFIX}run-id={run.id}"
+        targets = {PODS: f"labelSelector={urllib.parse.quote(selector)}"}
+        if run.job_name:
+            targets[JOBS] = f"fieldSelector={urllib.parse.quote(f'metadata.name={run.job_name}')}"
+        for resource_, query in targets.items():
+
+            def done(got: Got, name: str = resource_.name) -> None:
+                self._found[name] = got
+                if len(self._found) == len(targets):
+                    self._on_found(self._found[PODS.name], self._found.get(JOBS.name))
+
+            self._direct.get(self._site, f"{resource_.path(run.namespace)}?{query}", done)
+
+    def _on_found(self, pods: Got, jobs: Got | None) -> None:
+        if not pods.is_ok:
+            self._do(self._machine.on_trouble(pods.status, pods.complaint))
+            return
+        over: bool | None = None
+        if jobs is not None and jobs.is_ok:
+            facts = [facts_from(JOBS.name, item) for item in list_at(jobs.document(), "items")]
+            over = not any(isinstance(job, JobFacts) and job.outcome is None for job in facts)
+        views = [pod_view(item) for item in list_at(pods.document(), "items")]
+        self._do(self._machine.on_pods(views, over=over))
+
+
+class LokiTail:
+    """Reads what Loki has of a run's Pods, page by page (Loki's HTTP API, query_range)."""
+
+    def __init__(self, site: Site, run: Run, wish: LogWish, show: Callable[[ShowLine], None]) -> None:
+        self._site = site
+        self._wish = wish
+        self._show = show
+        now = time.time()
+        since = now - wish.since_s if wish.since_s is not None else (epoch_of(run.created_at) or now - LOKI_RANGE_S)
+        self._start_ns, self._end_ns = int(since * 1e9), int(now * 1e9)
+        self._query = loki_query(run, wish.container)
+        self._last: list[tuple[int, ShowLine]] = []  # those of the last page's last moment
+        self._count = 0
+        self._done: Callable[[int, str], None] = lambda count, error: None
+
+    def start(self, done: Callable[[int, str], None]) -> None:
+        """Begin; `done` gets how many lines there were, and what is wrong, if anything."""
+        self._done = done
+        self._ask()
+
+    def _ask(self) -> None:
+        tail = self._wish.tail
+        parameters = {
+            "query": self._query,
+            "start": self._start_ns,
+            "end": self._end_ns,
+            "limit": LOKI_PAGE_LINES if tail is None else min(tail, LOKI_PAGE_LINES),
+            "direction": "forward" if tail is None else "backward",
+        }
+        target = "/loki/api/v1/query_range?" + urllib.parse.urlencode(parameters)
+        Direct.get(self._site, target, self._on_page)
+
+    def _on_page(self, got: Got) -> None:
+        if not got.is_ok:
+            self._done(self._count, got.complaint or "no answer")
+            return
+        lines = parse_loki(got.document())
+        fresh = [line for line in lines if line not in self._last]
+        for _, line in fresh:
+            self._show(line)
+        self._count += len(fresh)
+        if self._wish.tail is not None or len(lines) < LOKI_PAGE_LINES:
+            self._done(self._count, "")
+            return
+        last_ns = lines[-1][0]
+        self._start_ns = last_ns if fresh and last_ns > self._start_ns else last_ns + 1
+        self._last = [line for line in lines if line[0] == last_ns]
+        self._ask()
+
+
+def loki_query(run: Run, container: str | None) -> str:
+    """Return the LogQL selector of a run's Pods, by the labels that Promtail and Alloy give them."""
+    pods = re.escape(run.job_name) + "-.+" if run.job_name else re.escape(run.pod_name or "")
+    labels = [f"namespace={json.dumps(run.namespace)}", f"pod=~{json.dumps(pods)}"]
+    return "{" + ", ".join([*labels, *([f"container={json.dumps(container)}"] if container else [])]) + "}"
+
+
+def parse_loki(document: JsonObject) -> list[tuple[int, ShowLine]]:
+    """Return the lines of all streams of a query_range answer, each with its time in ns, in the order of time."""
+    found = []
+    for stream in list_at(document, "data", "result"):
+        pod, container = text_at(stream, "stream", "pod") or "", text_at(stream, "stream", "container") or ""
+        values = stream.get("values")
+        for entry in values if isinstance(values, list) else []:
+            if isinstance(entry, list) and len(entry) > 1 and isinstance(entry[1], str):
+                at_ns = parse_int(entry[0]) or 0
+                text = entry[1].rstrip("\r\n")
+                found.append((at_ns, ShowLine(pod, container, LogLine(_time_of_ns(at_ns), text))))
+    return sorted(found, key=lambda entry: entry[0])
+
+
+def _time_of_ns(at_ns: int) -> str:
+    try:
+        return f"{format_time(at_ns // 10**9)[:-1]}.{at_ns % 10**9:09d}Z"
+    except (ValueError, OverflowError, OSError):
+        return ""
+
+
+class ServiceSite(Site):
+    """A service of LAOS as a site; what its files hold is read when it is asked."""
+
+    def __init__(self, direct: Direct, name: str, service: LaosService) -> None:
+        super().__init__(ClusterSpec(name, name), direct.reactor, self._resolve, direct.timing)
+        self.url = service.url
+        self._service = service
+        self._headers: dict[str, str] = {}
+
+    def headers(self) -> dict[str, str]:
+        """Return what a request says of us, with the service's own credentials."""
+        return {**super().headers(), **self._headers}
+
+    def _resolve(self, done: Callable[[Connection | FabrikError], None]) -> None:
+        service = self._service
+        try:
+            ca_pem = read_secret(service.ca_file) if service.ca_file else None
+            if service.username and service.password_file:
+                pair = f"{service.username}:{read_secret(service.password_file)}".encode()
+                self._headers["Authorization"] = f"Basic {base64.b64encode(pair).decode()}"
+            elif service.bearer_token_file:
+                self._headers["Authorization"] = f"Bearer {read_secret(service.bearer_token_file)}"
+            if service.tenant:
+                self._headers["X-Scope-OrgID"] = service.tenant
+            result: Connection | FabrikError = Connection(service.url, ca_pem=ca_pem)
+        except ConfigError as error:
+            result = error
+        self.reactor.call_soon(lambda: done(result))
+
+
+def read_secret(path: str) -> str:
+    """Return what a file of the user's holds, without the newline at its end. Raises ConfigError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8'}", "correct its path") from None
+
+
+class LogSources(NamedTuple):
+    """Where a run's log may be: None for what is not there."""
+
+    run: Run
+    site: Site | None
+    loki: ServiceSite | None
+
+
+class LogOutcome(NamedTuple):
+    """What came of a run's log; `error` is empty where there was one to show."""
+
+    run: Run
+    error: str = ""
+    is_unreachable: bool = False
+
+
+class LogSession:
+    """Reads the logs of several runs at once: from their clusters, else from Loki, else what the cache has kept."""
+
+    def __init__(
+        self, direct: Direct, wish: LogWish, printer: LogPrinter, kept: Callable[[Run], list[ShowLine]]
+    ) -> None:
+        self._direct = direct
+        self._wish = wish
+        self._printer = printer
+        self._kept = kept
+        self._sources: dict[str, LogSources] = {}
+        self._shown: set[str] = set()  # run_ids
+        self._waiting: deque[LogSources] = deque()
+        self._active = 0
+        self.outcomes: list[LogOutcome] = []
+
+    def read(self, sources: Iterable[LogSources]) -> list[LogOutcome]:
+        """Show everything; return what came of each run."""
+        self._waiting.extend(sources)
+        self._sources = {one.run.run_id: one for one in self._waiting}
+        while self._waiting and self._active < LOGS_AT_ONCE:
+            self._next()
+        self._direct.run()
+        return self.outcomes
+
+    def show(self, run: Run, line: ShowLine) -> None:
+        """Show a line."""
+        self._shown.add(run.run_id)
+        self._printer.show(run, line)
+
+    def say(self, run: Run, text: str) -> None:
+        """Tell the user something beside the log."""
+        self._printer.say(run, text)
+
+    def over(self, run: Run, end: LogOver) -> None:
+        """Take in that a cluster has no more of a run; turn to other sources where it had nothing."""
+        if run.run_id in self._shown or self._wish.previous or not (end.is_gone or end.error):
+            self._end(LogOutcome(run, end.error, end.is_unreachable))
+            return
+        told = "its Pod is gone" if end.is_gone else end.error
+        loki = self._sources[run.run_id].loki
+        if loki is None:
+            self._show_kept(run, told, end)
+            return
+
+        def done(count: int, error: str) -> None:
+            if count and not error:
+                self.say(run, f"{told}; these {count} lines are from Loki, {loki.url}")
+                self._end(LogOutcome(run))
+            elif count:
+                self._end(LogOutcome(run, f"Loki: {error}"))
+            else:
+                self._show_kept(run, f"{told}; Loki, {loki.url}: {error or 'it has no line of it'}", end)
+
+        LokiTail(loki, run, self._wish, lambda line: self.show(run, line)).start(done)
+
+    def _show_kept(self, run: Run, told: str, end: LogOver) -> None:
+        lines = [line for line in self._kept(run) if self._wish.container in (None, line.container)]
+        for line in lines[-self._wish.tail :] if self._wish.tail else lines:
+            self.show(run, line)
+        if lines:
+            self.say(run, f"{told}; these are the last lines, kept when it failed")
+        kept = "" if lines else f"{told}; no lines of it were kept"
+        self._end(LogOutcome(run, kept, end.is_unreachable and not lines))
+
+    def _next(self) -> None:
+        sources = self._waiting.popleft()
+        self._active += 1
+        if sources.site is None:
+            self.over(sources.run, LogOver(f"cluster {sources.run.cluster} is not configured", is_unreachable=True))
+        else:
+            LogTail(self._direct, sources.site, sources.run, self._wish, self).start()
+
+    def _end(self, outcome: LogOutcome) -> None:
+        self.outcomes.append(outcome)
+        self._active -= 1
+        if self._waiting:
+            self._direct.reactor.call_soon(self._next)
+        elif not self._active:
+            self._direct.reactor.call_soon(self._direct.reactor.stop)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -11295,6 +11681,130 @@ def read_text(path: str) -> str | None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Commands: reading logs
+# ----------------------------------------------------------------------------------------------------------------------
+
+_PREFIX_COLOURS: Final = ("36", "33", "32", "35", "34", "31")  # SGR
+
+
+class _Printer:
+    """Shows the lines of one run's log as they are, of several under their names, each in a colour."""
+
+    def __init__(self, context: Context, direct: Direct, runs: Sequence[Run], *, timestamps: bool) -> None:
+        self._context = context
+        self._reactor = direct.reactor
+        self._timestamps = timestamps
+        self._several = len(runs) > 1
+        colours = _PREFIX_COLOURS if context.out.isatty() and not context.environment.get("NO_COLOR") else ("",)
+        self._colours = {run.run_id: colours[index % len(colours)] for index, run in enumerate(runs)}
+        self._to_flush = False
+        self.is_unread = False  # the reader of our output has what it wanted
+
+    def show(self, run: Run, line: ShowLine) -> None:
+        """Show a line."""
+        text = f"{line.line.time} {line.line.text}" if self._timestamps and line.line.time else line.line.text
+        prefix, colour = (run.run_id, self._colours[run.run_id]) if self._several else ("", "")
+        try:
+            self._context.out.write(format_printed(text, prefix, colour))
+        except BrokenPipeError:
+            self._give_up()
+        if not self._to_flush:
+            self._to_flush = True
+            self._reactor.call_soon(self._flush)
+
+    def say(self, run: Run, text: str) -> None:
+        """Tell the user something beside the log."""
+        self._context.warn(f"{run.run_id}: {text}")
+
+    def _flush(self) -> None:
+        self._to_flush = False
+        try:
+            self._context.out.flush()
+        except BrokenPipeError:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        self.is_unread = True
+        self._reactor.stop()
+
+
+def runs_logs(context: Context, arguments: argparse.Namespace) -> int:
+    """Show what the containers of runs print: from their clusters, from Loki, or what was kept of a failed one."""
+    if arguments.previous and arguments.follow:
+        raise UsageError("--previous and --follow exclude each other", "what is over does not go on")
+    runs = _chosen_runs(context, arguments)
+    wish = LogWish(arguments.follow, arguments.previous, arguments.container, arguments.since, arguments.tail)
+    direct = Direct(context.settings, context.errors)
+    printer = _Printer(context, direct, runs, timestamps=arguments.timestamps)
+    specs = {spec.name: spec for spec in configured_clusters(context.settings, context.environment)}
+    lokis: dict[str, ServiceSite] = {}
+    sources = []
+    for run in runs:
+        spec = specs.get(run.cluster)
+        service = (spec.laos if spec else Laos()).over(context.settings.laos).loki
+        if service is not None:
+            lokis.setdefault(run.cluster, ServiceSite(direct, f"Loki of {run.cluster}", service))
+        sources.append(LogSources(run, direct.site(spec) if spec else None, lokis.get(run.cluster)))
+    try:
+        outcomes = LogSession(direct, wish, printer, lambda run: kept_lines(context.settings.cache, run)).read(sources)
+    finally:
+        direct.close()
+    if printer.is_unread:
+        raise BrokenPipeError
+    failed = [outcome for outcome in outcomes if outcome.error]
+    for outcome in failed:
+        context.warn(f"{outcome.run.run_id}: {outcome.error}")
+    codes = [UnreachableError.exit_code if outcome.is_unreachable else FabrikError.exit_code for outcome in failed]
+    return max(codes, default=0)
+
+
+def _chosen_runs(context: Context, arguments: argparse.Namespace) -> list[Run]:
+    """Return the runs that are named, or else match. Raises FabrikError where there is none."""
+    names = [*arguments.run, *arguments.id]
+    if not names and not arguments.status and not arguments.cluster:
+        raise UsageError("which run?", "name one, or say --status running")
+    known = _known_runs(context)
+    wanted = Filter(frozenset(arguments.cluster), frozenset(arguments.status))
+    runs = list({run.run_id: run for run in (pick_run(known, name) for name in names)}.values())
+    runs = runs or [run for run in known if wanted.matches(run)]
+    if not runs:
+        raise NotFoundError("no run matches", "see 'fabrik-daemon runs list'")
+    if len(runs) > LOGS_AT_ONCE:
+        raise UsageError(f"{len(runs)} runs match, {LOGS_AT_ONCE} at most can be read at once", "choose fewer")
+    return runs
+
+
+def _known_runs(context: Context) -> list[Run]:
+    reply = ask(context, "runs.list")
+    if reply is not None:
+        rows = reply["runs"]
+    else:
+        reader = CacheReader(context.settings.cache)
+        check_synced(reader.freshness(), [])
+        rows = reader.rows(f"SELECT {', '.join(Run._fields)} FROM runs ORDER BY created_at DESC")  # noqa: S608
+    return [Run(**{name: row.get(name) for name in Run._fields}) for row in rows]
+
+
+def kept_lines(cache: str, run: Run) -> list[ShowLine]:
+    """Return the last lines of a run that the cache has kept, none where there are none."""
+    try:
+        with contextlib.closing(CacheReader(cache)) as reader:
+            found = reader.rows(
+                "SELECT payload, cluster_timestamp FROM run_events WHERE run_id = ? AND event_type = 'log_line'"
+                " ORDER BY id",
+                (run.run_id,),
+            )
+    except CacheError:
+        return []
+    lines = []
+    for row in found:
+        said = parse_json(row["payload"]) or {}
+        line = LogLine(row["cluster_timestamp"] or "", str(said.get("line", "")))
+        lines.append(ShowLine(text_at(said, "pod") or "", text_at(said, "container") or "", line))
+    return lines
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Commands: daemon and clusters
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -11666,6 +12176,24 @@ def _runs_show_arguments(parser: argparse.ArgumentParser) -> None:
     _output_argument(parser)
 
 
+def _runs_logs_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", nargs="*", metavar="RUN", help="run_id, or the id on the run's label")
+    parser.add_argument("--id", action="append", default=[], metavar="RUN", help="the same (repeatable)")
+    _selection_arguments(parser)
+    parser.add_argument(
+        "-f", "--follow", action="store_true", help="go on over restarts, new Pods and lost connections"
+    )
+    parser.add_argument("-p", "--previous", action="store_true", help="of the container before the present one")
+    parser.add_argument("-c", "--container", metavar="NAME", help="another container than the main one")
+    parser.add_argument("--since", type=_seconds_argument, metavar="AGE", help="only lines of so long, as 10m")
+    parser.add_argument("--tail", type=_count, metavar="N", help="only the last N lines")
+    parser.add_argument("--timestamps", action="store_true", help="begin each line with its time")
+
+
+def _seconds_argument(text: str) -> float:
+    return parse_duration(text)
+
+
 def _query_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "sql", metavar="SQL", help="one SELECT on runs, run_events, schedules, volumes, cluster_events, ..."
@@ -11817,6 +12345,17 @@ COMMANDS: Final = (
         ("runs show --id 01jk7v8x9m3qn5r2t4w6y8z0ab",),
         _runs_show_arguments,
         runs_show,
+    ),
+    Command(
+        "runs logs",
+        "show what runs print",
+        (
+            "runs logs 01jk7v8x9m3qn5r2t4w6y8z0ab --tail 100",
+            "runs logs --status running --follow",
+            "runs logs --id 01jk7v8x9m3qn5r2t4w6y8z0ab --previous --timestamps",
+        ),
+        _runs_logs_arguments,
+        runs_logs,
     ),
     Command("clusters list", "list the clusters", ("clusters list -o json",), _output_argument, clusters_list),
     Command("clusters add", "add a cluster to clusters.yaml", _ADD, _clusters_add_arguments, clusters_add),
