@@ -35,6 +35,8 @@ from fakes_http import (
     status_object,
 )
 
+from fakes_logs import PodLogs
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -235,7 +237,7 @@ class KubernetesApi(ApiServer):
         """Begin with empty collections."""
         super().__init__(authority, token=token, certificate_required=certificate_required)
         self.collections = {name: Collection(name) for name in RESOURCES}
-        self.logs: dict[Key, str] = {}  # what the pods' containers printed
+        self.logs = PodLogs(self.changed)  # what the pods' containers printed
         self.uid = KUBE_SYSTEM_UID
         self.expired_in_stream = True  # how a watch is told that its version is too old: ERROR event, else HTTP 410
         self.watches: set[Watch] = set()
@@ -314,8 +316,10 @@ class KubernetesApi(ApiServer):
         fault = self._fault(resource, "watch" if request.is_watch else "list") or self._version_fault(request, resource)
         if fault:
             exchange.send(fault)
+        elif route["log"]:
+            self.logs.answer(exchange, route["namespace"] or "", route["name"])
         elif route["name"]:
-            exchange.send(self._one(resource, (route["namespace"] or "", route["name"]), log=bool(route["log"])))
+            exchange.send(self._one(resource, (route["namespace"] or "", route["name"])))
         else:
             query = request.query
             fields = parse_selector(query.get("fieldSelector", ""))
@@ -371,13 +375,10 @@ class KubernetesApi(ApiServer):
         details = {"causes": [cause], "retryAfterSeconds": 1}
         return refusal(504, "Timeout", message, details=details)._replace(headers={"Retry-After": "1"})
 
-    def _one(self, resource: str, key: Key, *, log: bool) -> Response:
+    def _one(self, resource: str, key: Key) -> Response:
         with self.changed:
             obj = self.collections[resource].objects.get(key)
-            text = self.logs.get(key)
-        if log and text is not None:
-            return Response(200, text.encode(), content_type="text/plain")
-        if obj is None or log:
+        if obj is None:
             return refusal(404, "NotFound", f'{resource} "{key[1]}" not found', details={"name": key[1]})
         return Response(200, encode(obj))
 

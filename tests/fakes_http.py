@@ -173,10 +173,10 @@ class Exchange(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def start_stream(self) -> None:
-        """Begin a watch response."""
+    def start_stream(self, content_type: str = "application/json") -> None:
+        """Begin a watch's response, or that of a log that is followed."""
         self.send_response(200)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", content_type)
         self.send_header("Cache-Control", "no-cache, private")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()

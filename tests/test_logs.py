@@ -1,0 +1,181 @@
+"""What the containers of runs print, through the built executable: followed over everything that happens to them, read
+after their end, from Loki or from what was kept."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+from fabrik_objects import NAMESPACE, job, pod, run_id, time_text
+from fakes import ModelServer
+from fakes_http import Access
+from harness import Cluster, wait_until
+from hosts import Host
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from fakes import Authority, KubernetesApi
+
+    Serve = Callable[[KubernetesApi], None]
+
+PATIENCE_S: Final = 30.0
+QUICK: Final = {"backoffMin": "50ms", "backoffMax": "300ms", "connect": "5s", "idle": "1s"}
+SECOND: Final = "2026-11-23T12:00:{:02d}"
+
+
+class Scene:
+    """A server with a run, whose container prints what a test says, and a host whose cache knows it."""
+
+    def __init__(self, server: ModelServer, host: Host, number: int = 1) -> None:
+        self.server = server
+        self.host = host
+        self.run = number
+        self.id = run_id(number)
+        self.pods = 0
+        self.restarts = 0
+        self.printed: list[str] = []
+        self.unread = 0  # lines of the second
+        server.put("jobs", job(number))
+
+    @property
+    def name(self) -> str:
+        """The present Pod's."""
+        return f"fabrik-{self.id}-pod{self.pods}"
+
+    def add_pod(self, **kwargs: Any) -> None:
+        """Have a Pod follow the present one."""
+        self.pods += 1
+        self.restarts = 0
+        self.server.logs.start(NAMESPACE, self.name)
+        self.put_pod(**kwargs)
+
+    def put_pod(self, phase: str = "Running", **status: Any) -> None:
+        """Tell of the present Pod as it is."""
+        metadata = {"name": self.name, "uid": f"uid-{self.id}-{self.pods}", "creationTimestamp": time_text(self.pods)}
+        item = pod(self.run, phase=phase, metadata=metadata)
+        item["status"]["containerStatuses"][0].update(restartCount=self.restarts, **status)
+        self.server.put("pods", item)
+
+    def prints(self, count: int, second: int, fraction: str = "", text: str = "line") -> None:
+        """Have it print lines, all at the same time."""
+        lines = [f"{text} {len(self.printed) + index}" for index in range(count)]
+        self.printed += lines
+        self.server.logs.write(NAMESPACE, self.name, [(SECOND.format(second) + fraction + "Z", line) for line in lines])
+
+    def ends(self, *, well: bool = True) -> None:
+        """End the container, its Pod and the Job."""
+        self.server.logs.end(NAMESPACE, self.name)
+        self.put_pod("Succeeded" if well else "Failed")
+        self.server.put("jobs", job(self.run, conditions=["Complete" if well else "Failed=BackoffLimitExceeded"]))
+
+    def wait_for_readers(self, count: int) -> None:
+        """Wait until so many follow."""
+        wait_until(lambda: self.server.logs.following == count, PATIENCE_S, f"{count} follow")
+
+    def log_requests(self) -> list[dict[str, str]]:
+        """Return the parameters of the requests for a log so far."""
+        return [request.query for request in self.server.asked(lambda request: request.path.endswith("/log"))]
+
+
+class Follower:
+    """`runs logs --follow` beside the test; what it writes is read as it comes."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+        self.lines: list[str] = []
+        self.errors: list[str] = []
+        streams = ((process.stdout, self.lines), (process.stderr, self.errors))
+        self._threads = [threading.Thread(target=self._read, args=place, daemon=True) for place in streams]
+        for thread in self._threads:
+            thread.start()
+
+    @staticmethod
+    def _read(stream: Any, lines: list[str]) -> None:
+        with stream:
+            for line in stream:
+                lines.append(line.decode().rstrip("\n"))  # noqa: PERF401 - as they come
+
+    def wait_for(self, count: int) -> None:
+        """Wait until so many lines were shown."""
+        wait_until(lambda: len(self.lines) >= count, PATIENCE_S, f"{count} lines, not {self.lines} {self.errors}")
+
+    def wait_for_words(self, words: str) -> None:
+        """Wait until it said so on stderr."""
+        wait_until(lambda: any(words in line for line in self.errors), PATIENCE_S, f"{words}: {self.errors}")
+
+    def end(self) -> int:
+        """Return its exit code, when all that it wrote was read."""
+        code = self.process.wait(PATIENCE_S)
+        for thread in self._threads:
+            thread.join(PATIENCE_S)
+        return code
+
+
+@pytest.fixture
+def scene(authority: Authority, serve: Serve, executable: Path, unpacked: Path, tmp_path: Path) -> Iterator[Scene]:
+    server = ModelServer(authority, token="sesame")
+    serve(server)
+    cluster = Cluster(server, access=Access(auth="token"))
+    with Host(executable, unpacked, tmp_path / "host", [cluster], timing=QUICK) as host:
+        yield Scene(server, host)
+
+
+@pytest.fixture
+def follow(scene: Scene) -> Iterator[Callable[..., Follower]]:
+    """Follow logs; at the end nothing does any more."""
+    followers: list[Follower] = []
+
+    def start(*words: str) -> Follower:
+        followers.append(Follower(scene.host.popen("runs", "logs", "--follow", *words)))
+        return followers[-1]
+
+    yield start
+    for follower in followers:
+        follower.process.kill()
+        follower.end()
+
+
+def test_followed_over_a_lost_connection_a_restart_and_a_new_pod(scene: Scene, follow: Callable[..., Follower]) -> None:
+    """Every line of the scripted server arrives once, and in order."""
+    scene.add_pod()
+    scene.prints(3, 1, ".5")
+    assert scene.host.cli("sync").returncode == 0
+    reader = follow(scene.id)
+    reader.wait_for(3)
+    scene.prints(2, 2)
+    scene.prints(3, 2)  # at the very same time
+    reader.wait_for(8)
+
+    scene.server.logs.drop(f"{SECOND.format(2)}Z line".encode())  # half a line
+    scene.prints(3, 2)  # while nobody reads, still at the same time
+    scene.prints(2, 3)
+    reader.wait_for(13)
+
+    scene.server.logs.drop()
+    scene.prints(2, 4, ".000000001")  # the last words of a container whose reader is away
+    scene.server.logs.start(NAMESPACE, scene.name)  # the API server does not know of its restart yet
+    asked = len(scene.log_requests())
+    wait_until(lambda: len(scene.log_requests()) > asked, PATIENCE_S, "it reads on")
+    scene.prints(3, 6)
+    scene.restarts = 1
+    scene.put_pod()
+    reader.wait_for(18)
+
+    scene.prints(1, 7)
+    scene.server.logs.end(NAMESPACE, scene.name)
+    scene.put_pod("Failed")
+    reader.wait_for(19)
+    scene.add_pod()
+    scene.prints(4, 9)
+    reader.wait_for(23)
+    scene.ends()
+    assert reader.end() == 0
+    assert reader.lines == scene.printed
+    said = "\n".join(reader.errors)
+    assert "was restarted" in said
+    assert f"was followed by {scene.name}" in said
+    assert "gone" not in said
