@@ -71,6 +71,7 @@ Shell:
     Commands: reading logs
     Commands: daemon and clusters
     Commands: installing
+    Command line: commands   every command, its arguments, examples and function
     Command line          parser, main
 """
 
@@ -12137,7 +12138,7 @@ def manifests(context: Context, arguments: argparse.Namespace) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Command line
+# Command line: commands
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -12402,6 +12403,11 @@ COMMANDS: Final = (
         manifests,
     ),
 )
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
 _HELPERS: Final = {"_credentials": credentials_helper, "_query": query_helper}
 _HELP_FLAGS: Final = frozenset(("-h", "--help"))
 _GLOBAL_FLAGS: Final = {

@@ -34,7 +34,6 @@ from fakes_http import (
     refusal,
     status_object,
 )
-
 from fakes_logs import PodLogs
 
 if TYPE_CHECKING:

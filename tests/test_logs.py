@@ -97,7 +97,7 @@ class Follower:
     def _read(stream: Any, lines: list[str]) -> None:
         with stream:
             for line in stream:
-                lines.append(line.decode().rstrip("\n"))  # noqa: PERF401 - as they come
+                lines.append(line.decode().rstrip("\n"))
 
     def wait_for(self, count: int) -> None:
         """Wait until so many lines were shown."""
