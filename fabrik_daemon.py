@@ -35,6 +35,7 @@ Core:
     Watch machine: pod logs   a run's log over lost connections, restarts and new Pods -> lines, once each
     WebSocket             frames over wsproto: bytes in, texts out
     Requests              the daemon's API: request -> answer, the same for every framing
+    Requests: routes      JSON and URLs -> requests
     Requests: framings    JSON lines, HTTP and WebSocket: bytes -> requests, answers -> bytes
     Requests: access      whom a remote daemon lets in, and what it lets them ask
     Views: text           where hostile text is made safe, measured in cells and cut
@@ -284,7 +285,8 @@ IN_CLUSTER: Final = "in-cluster"  # in place of a kubeconfig's path: the Pod's s
 PROTOCOL: Final = 1  # of requests and events; a change that old clients would misread raises it
 DEFAULT_SOCKET: Final = "/tmp/fabrik-daemon.sock"  # noqa: S108 - the spec's place, made safe by how it is bound
 SOCKET_PATH_BYTES: Final = 103  # sun_path holds 104 bytes on macOS, 108 on Linux, its end included
-CONNECTIONS_MAX: Final = 1000
+CONNECTIONS_MAX: Final = 2000
+SUBSCRIPTIONS_MAX: Final = 32  # of one connection
 DESCRIPTORS: Final = 4096  # a thousand clients, five watches a namespace, and room
 LISTEN_BACKLOG: Final = 1024
 FIRST_GIVEN_FD: Final = 3  # SD_LISTEN_FDS_START: behind stdin, stdout, stderr
@@ -304,6 +306,7 @@ ACCEPTS_PER_TURN: Final = 64  # before others get their turn
 WEBSOCKET_KEY_CHARS: Final = 24  # 16 bytes in base64
 REQUEST_MAX_BYTES: Final = 2**20  # SQL may be long; nothing else is
 OUTPUT_HIGH_BYTES: Final = 256 * 1024  # more than this is not handed to a connection that does not take it
+REPLAYED_AT_ONCE: Final = 200  # changes read out of the cache for one who comes back, some 5 ms
 HISTORY_LOADED: Final = 1000  # of them, taken over from the cache at start
 HISTORY_EVENTS: Final = 10_000  # what includeHistory reaches back to
 HISTORY_BYTES: Final = 12 * 2**20  # a change has some 1 KB, and with the longest texts 40
@@ -2351,34 +2354,79 @@ def _cron_times(facts: CronJobFacts, now: float, zone: Zone) -> tuple[str | None
 # Filters
 # ----------------------------------------------------------------------------------------------------------------------
 
+EVENT_TYPES: Final[dict[type[Row], tuple[str, ...]]] = {
+    Run: ("run:added", "run:updated", "run:removed"),
+    Schedule: ("schedule:added", "schedule:updated", "schedule:removed"),
+    Volume: ("volume:added", "volume:updated", "volume:removed"),
+    ClusterEvent: ("warning",),
+    ClusterRow: ("cluster:connected", "cluster:disconnected", "cluster:synced", "cluster:stale"),
+}
+_RUN_COLUMNS: Final = ("status", "phase", "spec_id", "project", "template", "run_id", "namespace")
+LIST_FILTERS: Final[dict[type[Row], tuple[str, ...]]] = {
+    Run: (*_RUN_COLUMNS, "schedule_id", "reason"),
+    Schedule: ("namespace", "name", "schedule_id"),
+    Volume: ("namespace", "name", "run_id", "phase", "storage_class"),
+    ClusterEvent: ("namespace", "run_id", "reason", "object_kind", "object_name"),
+}
+STREAM_FILTERS: Final = (*_RUN_COLUMNS, "type")
+
 
 class Filter(NamedTuple):
-    """What a list or a subscriber asks for; empty sets ask for everything."""
+    """What a list or a subscriber asks for; what is empty asks for everything."""
 
     clusters: frozenset[str] = frozenset()
-    statuses: frozenset[str] = frozenset()  # `unknown` stands for a status that nobody knows
+    columns: tuple[tuple[str, frozenset[str]], ...] = ()  # each must have one of these values
+    types: frozenset[str] = frozenset()  # of events
 
     def matches(self, row: Row | None) -> bool:
-        """Say whether a row is asked for; a filter on the status asks for runs only."""
+        """Say whether a row is asked for; one that lacks a column which must have a value is not.
+
+        `unknown` stands for a run's status that nobody knows; a run answers to its label id too.
+        """
         if row is None or (self.clusters and row.cluster not in self.clusters):
             return False
-        return not self.statuses or (isinstance(row, Run) and (row.status or UNKNOWN) in self.statuses)
+        for column, values in self.columns:
+            value = getattr(row, column, None)
+            if value is None and column == "status" and isinstance(row, Run):
+                value = UNKNOWN
+            if value not in values and not (column == "run_id" and getattr(row, "id", None) in values):
+                return False
+        return True
+
+    def asks_for(self, kind: type[Row]) -> bool:
+        """Say whether events of a kind of row are asked for."""
+        return not self.types or not self.types.isdisjoint(EVENT_TYPES[kind])
 
 
-def parse_filter(request: JsonObject) -> Filter:
+def parse_filter(request: JsonObject, keys: Sequence[str]) -> Filter:
     """Return the filter of a request: `clusters` (`*` means all) and `filter: {"status": [...]}`. Raises UsageError."""
     clusters = _words(request.get("clusters"), "clusters")
     wanted = request.get("filter")
     if wanted is not None and not isinstance(wanted, dict):
         raise UsageError("filter must be an object", 'write "filter": {"status": ["running"]}')
-    for key in wanted or {}:
-        if key != "status":
-            raise UsageError(f"no filter {key!r}", nearest(key, ["status"]))
-    statuses = _words((wanted or {}).get("status"), "filter.status")
-    for status in statuses:
-        if status not in (*STATUSES, UNKNOWN):
-            raise UsageError(f"no status {status!r}", nearest(status, (*STATUSES, UNKNOWN)))
-    return Filter(frozenset() if "*" in clusters else frozenset(clusters), frozenset(statuses))
+    columns: dict[str, frozenset[str]] = {}
+    for key, value in (wanted or {}).items():
+        if key not in keys:
+            raise UsageError(f"no filter {clip(key)!r} here", nearest(key[:64], keys))
+        columns[key] = frozenset(_words(value, f"filter.{key}"))
+    _check_words("status", columns.get("status", ()), (*STATUSES, UNKNOWN))
+    types = _event_types(columns.pop("type", frozenset()))
+    asked = tuple((column, values) for column, values in sorted(columns.items()) if values)
+    return Filter(frozenset() if "*" in clusters else frozenset(clusters), asked, types)
+
+
+def _event_types(words: frozenset[str]) -> frozenset[str]:
+    """Return the types that words mean: `run:*` is all of a kind, `*` is all."""
+    known = [name for names in EVENT_TYPES.values() for name in names]
+    kinds = sorted({f"{name.partition(':')[0]}:*" for name in known if ":" in name})
+    _check_words("event type", words, ("*", *kinds, *known))
+    return frozenset(name for name in known for word in words if word in ("*", name, f"{name.partition(':')[0]}:*"))
+
+
+def _check_words(what: str, words: Iterable[str], known: Sequence[str]) -> None:
+    for word in words:
+        if word not in known:
+            raise UsageError(f"no {what} {clip(word)!r}", nearest(word[:64], known))
 
 
 def _words(value: object, where: str) -> list[str]:
@@ -2480,6 +2528,7 @@ class Tables:
     def __init__(self) -> None:
         self._rows: dict[type[TableRow], dict[RowKey, TableRow]] = {kind: {} for kind in self._KINDS}
         self.seq = 0  # the last number given to a change
+        self.editions: dict[type[Row], int] = dict.fromkeys(self._KINDS, 0)  # raised whenever a row of a kind changes
         self._reserved = 0
 
     def load(self, rows: Iterable[TableRow], reserved_seq: int) -> None:
@@ -2521,6 +2570,7 @@ class Tables:
         """Forget a row that was told to be gone already, or never can be."""
         row = self._rows[kind].pop(key, None)
         if row is not None:
+            self.editions[kind] += 1
             draft.expired.append(row)
 
     def announce(self, draft: Draft, change_type: str, row: ClusterRow) -> None:
@@ -2544,6 +2594,8 @@ class Tables:
 
     def _tell(self, draft: Draft, change_type: str, row: Row, before: Row | None) -> None:
         change = Change(self.seq + 1, change_type, row, before, draft.at)
+        if type(row) in self.editions:
+            self.editions[type(row)] += 1
         self.seq += max(1, len(run_events_of(change)))
         draft.changes.append(change)
 
@@ -2947,7 +2999,7 @@ class Store:
 # Bus
 # ----------------------------------------------------------------------------------------------------------------------
 
-SnapshotRows = Callable[[Filter], Sequence[TableRow]]
+SnapshotRows = Callable[[Filter], Sequence[Row]]
 
 
 def format_line(message: JsonObject) -> bytes:
@@ -2978,6 +3030,45 @@ def event_of(change: Change) -> JsonObject:
     return {**event, "localTimestamp": change.at, "row": row._asdict()}
 
 
+class Cursor(NamedTuple):
+    """How far a subscriber was told: up to a number of a stream."""
+
+    stream: str
+    seq: int
+
+
+class Wish(NamedTuple):
+    """What a subscriber asks for, and with what to begin: `since` wins over the others."""
+
+    wanted: Filter = Filter()
+    history: int = 0
+    since: Cursor | None = None
+    snapshot: bool = False
+
+
+class Held(NamedTuple):
+    """Changes that the cache holds after some number, the oldest first; `is_whole` where it lacks none before them."""
+
+    changes: Sequence[Change]
+    is_whole: bool
+
+
+class Past(NamedTuple):
+    """What a start finds of the stream: where it goes on, and the last changes, all that came after a number."""
+
+    cursor: Cursor
+    changes: Sequence[Change] = ()
+    after: int = 0
+    upto: int = 0  # what a daemon that crashed told under a later number was lost with it
+
+
+class Lack(NamedTuple):
+    """What a subscription must be given before it can go on: read it where that may block, then hand it over."""
+
+    read: Callable[[], Held]
+    take: Callable[[Held], None]
+
+
 class _Published(NamedTuple):
     """A change and its line, serialised once for all who get it."""
 
@@ -2986,48 +3077,64 @@ class _Published(NamedTuple):
 
 
 def _marked(line: bytes, mark: bytes) -> bytes:
-    return line[:-2] + b',"' + mark + b'":true}\n'
+    return line[:-2] + b"," + mark + b"}\n"
+
+
+def identity_mark(envelope: JsonObject) -> bytes:
+    """Return what every line of a subscription that has an id carries, as JSON members."""
+    return format_line(envelope)[1:-2]
 
 
 class Subscription:
     """What one subscriber is still to be told. It is read with `take`; one that does not read loses, the others not."""
 
-    def __init__(self, wanted: Filter, first: Sequence[bytes], snapshot: Callable[[], Iterator[bytes]]) -> None:
+    def __init__(self, wanted: Filter, mark: bytes, stream: str, snapshot: Callable[[], Iterator[bytes]]) -> None:
         self.wanted = wanted
-        self.dropped = 0
-        self._queue = deque(first)
-        self._queued_bytes = sum(map(len, first))
+        self.mark = mark
+        self.stream = stream
+        self.lack: Lack | None = None
+        self.is_over = False
+        self._told: Iterator[bytes] = iter(())  # before the queue
+        self._queue: deque[bytes] = deque()
+        self._queued_bytes = 0
         self._snapshot = snapshot
-        self._pieces: Iterator[bytes] = iter(())
         self._lagged = False
+        self._dropped: int | None = 0  # None: nobody knows
 
-    def put(self, line: bytes) -> None:
-        """Queue a line; past the bound, what waits gives way to one `lagged`."""
+    def say(self, lines: Iterable[bytes]) -> None:
+        """Tell lines before what is queued; they are made when they are taken."""
+        self._told = itertools.chain(self._told, lines)
+
+    def put(self, line: bytes) -> int:
+        """Queue a line, and return how many are lost now; past the bound, what waits gives way to one `lagged`."""
         if self._lagged:
-            self.dropped += 1
-            return
+            self._dropped = None if self._dropped is None else self._dropped + 1
+            return 1
         self._queue.append(line)
         self._queued_bytes += len(line)
-        if len(self._queue) > SUBSCRIBER_QUEUE_LINES or self._queued_bytes > SUBSCRIBER_QUEUE_BYTES:
-            self.dropped += len(self._queue)
-            self._lagged = True
-            self._queue.clear()
-            self._queued_bytes = 0
+        if len(self._queue) <= SUBSCRIBER_QUEUE_LINES and self._queued_bytes <= SUBSCRIBER_QUEUE_BYTES:
+            return 0
+        lost = len(self._queue)
+        self.lag(lost)
+        return lost
+
+    def lag(self, dropped: int | None) -> None:
+        """Let what waits give way to `lagged` and a snapshot; `dropped` lines are lost, None where nobody knows."""
+        self._lagged, self._dropped = True, dropped
+        self._queue.clear()
+        self._queued_bytes = 0
 
     def take(self) -> bytes | None:
         """Return the next line, None where there is nothing to tell at present."""
-        piece = next(self._pieces, None)
-        if piece is not None:
-            return piece
-        if self._lagged:
+        line = next(self._told, None)
+        if line is None and self._lagged:
             self._lagged = False
-            self._pieces = self._snapshot()
-            return format_line({"type": "lagged", "dropped": self.dropped})
-        if not self._queue:
-            return None
-        line = self._queue.popleft()
-        self._queued_bytes -= len(line)
-        return line
+            self._told = self._snapshot()
+            line = format_line({"type": "lagged", "dropped": self._dropped})
+        elif line is None and self._queue:
+            line = self._queue.popleft()
+            self._queued_bytes -= len(line)
+        return _marked(line, self.mark) if self.mark and line is not None else line
 
     @property
     def is_idle(self) -> bool:
@@ -3038,18 +3145,20 @@ class Subscription:
 class Bus:
     """Tells every subscriber what it asked for, in order, without gap or repeat."""
 
-    def __init__(self, stream: str, seq: int, rows: SnapshotRows) -> None:
-        self.stream = stream
-        self.seq = seq  # of the last change published
+    def __init__(self, past: Past, rows: SnapshotRows, held: Callable[[int], Held]) -> None:
+        """Go on from the past. `held` reads the changes after a number out of the cache, and may block."""
+        self.stream, self.seq = past.cursor  # the last number published
+        self.begun_at = self.seq  # a number that no other start has
         self.published = 0
+        self.dropped = 0  # lines that subscribers were not told since they did not read
         self._rows = rows
+        self._held = held
         self._history: deque[_Published] = deque()
         self._history_bytes = 0
-        self._subscriptions: dict[Subscription, None] = {}  # in the order they came
-
-    def load(self, changes: Iterable[Change]) -> None:
-        """Take over the changes that the cache still holds, the oldest first."""
-        for change in changes:
+        self._history_after = past.after  # history holds all that came after this number
+        self._lost = range(past.upto + 1, self.seq)  # numbers of changes that nobody remembers
+        self._groups: dict[Filter, dict[Subscription, None]] = {}  # who asks for the same is told the same
+        for change in past.changes:
             self._remember(_Published(change, format_line(event_of(change))))
 
     def publish(self, changes: Iterable[Change]) -> list[Subscription]:
@@ -3060,72 +3169,140 @@ class Bus:
             self._remember(published)
             self.seq = change.seq
             self.published += 1
-            for subscription in self._subscriptions:
-                line = _line_for(subscription.wanted, published)
+            for wanted, group in self._groups.items():
+                line = _line_for(wanted, published)
                 if line is not None:
-                    subscription.put(line)
-                    woken[subscription] = None
+                    self.dropped += sum(subscription.put(line) for subscription in group)
+                    woken.update(group)
         return list(woken)
 
-    def subscribe(self, wanted: Filter, history: int, reply: JsonObject) -> Subscription:
-        """Return a new subscription: `subscribed`, the last `history` events that match, then what follows."""
-        lines = [format_line({**reply, "type": "subscribed", "stream": self.stream, "seq": self.seq})]
-        matching: list[bytes] = []
-        for published in reversed(self._history):
-            if len(matching) >= history:
-                break
-            line = _line_for(wanted, published)
-            if line is not None:
-                matching.append(_marked(line, b"history"))
-        lines += reversed(matching)
-        subscription = Subscription(wanted, lines, lambda: self._snapshot(wanted))
-        self._subscriptions[subscription] = None
+    def subscribe(self, wish: Wish, envelope: JsonObject) -> Subscription:
+        """Return a new subscription: `subscribed`, then what it begins with, then what follows."""
+        wanted, since = wish.wanted, wish.since
+        subscription = Subscription(wanted, identity_mark(envelope), self.stream, lambda: self._snapshot(wanted))
+        subscription.say([format_line({"type": "subscribed", "stream": self.stream, "seq": self.seq})])
+        if since is None:
+            subscription.say(self._last(wanted, wish.history))
+            subscription.say(self._snapshot(wanted) if wish.snapshot else ())
+        elif since.stream != self.stream or since.seq > self.seq or since.seq in self._lost:
+            subscription.lag(None)
+        elif since.seq < self._history_after:
+            self._await(subscription, since.seq)
+            return subscription
+        else:
+            subscription.say(self._after(wanted, since.seq))
+        self._join(subscription)
         return subscription
 
     def unsubscribe(self, subscription: Subscription) -> None:
         """Tell a subscriber no more."""
-        self._subscriptions.pop(subscription, None)
+        subscription.is_over = True
+        group = self._groups.get(subscription.wanted, {})
+        group.pop(subscription, None)
+        if not group:
+            self._groups.pop(subscription.wanted, None)
 
     def idle(self) -> list[Subscription]:
         """Tell those who have nothing to read how far the stream is; return them."""
-        quiet = [subscription for subscription in self._subscriptions if subscription.is_idle]
+        quiet = [subscription for group in self._groups.values() for subscription in group if subscription.is_idle]
+        line = format_line({"type": "seq", "seq": self.seq})
         for subscription in quiet:
-            subscription.put(format_line({"type": "seq", "seq": self.seq}))
+            subscription.put(line)
         return quiet
 
     def __len__(self) -> int:
         """Return the number of subscribers."""
-        return len(self._subscriptions)
+        return sum(map(len, self._groups.values()))
+
+    def _join(self, subscription: Subscription) -> None:
+        self._groups.setdefault(subscription.wanted, {})[subscription] = None
+
+    def _await(self, subscription: Subscription, seq: int) -> None:
+        """Let a subscription that was told up to a number wait for what only the cache still holds."""
+        subscription.lack = Lack(lambda: self._held(seq), lambda held: self._go_on(subscription, seq, held))
+
+    def _go_on(self, subscription: Subscription, seq: int, held: Held) -> None:
+        if subscription.is_over:
+            return
+        if held.is_whole and held.changes:
+            subscription.say(_history_lines(subscription.wanted, held.changes))
+            seq = held.changes[-1].seq
+            if seq < self._history_after:
+                self._await(subscription, seq)
+                return
+            subscription.say(self._after(subscription.wanted, seq))
+        else:  # it was let go, or is not written yet
+            subscription.lag(None)
+        self._join(subscription)
 
     def _remember(self, published: _Published) -> None:
         self._history.append(published)
         self._history_bytes += len(published.line)
         while len(self._history) > HISTORY_EVENTS or self._history_bytes > HISTORY_BYTES:
-            self._history_bytes -= len(self._history.popleft().line)
+            gone = self._history.popleft()
+            self._history_bytes -= len(gone.line)
+            self._history_after = gone.change.seq
+
+    def _last(self, wanted: Filter, count: int) -> Iterator[bytes]:
+        """Return the last so many lines that were asked for."""
+        found: deque[_Published] = deque()
+        for published in reversed(self._history):
+            if len(found) >= count:
+                break
+            if _line_for(wanted, published) is not None:
+                found.appendleft(published)
+        return _marked_history(wanted, found)
+
+    def _after(self, wanted: Filter, seq: int) -> Iterator[bytes]:
+        """Return the lines after a number that were asked for."""
+        later: deque[_Published] = deque()
+        for published in reversed(self._history):
+            if published.change.seq <= seq:
+                break
+            later.appendleft(published)
+        return _marked_history(wanted, later)
 
     def _snapshot(self, wanted: Filter) -> Iterator[bytes]:
         """Return the rows of this moment, in pieces that are serialised when they are asked for."""
-        rows, seq = list(self._rows(wanted)), self.seq
+        rows, seq = [row for row in self._rows(wanted) if wanted.asks_for(type(row))], self.seq
 
         def pieces() -> Iterator[bytes]:
             for start in range(0, max(1, len(rows)), SNAPSHOT_ROWS):
                 part = rows[start : start + SNAPSHOT_ROWS]
+                tables = {
+                    table: [row._asdict() for row in part if type(row) is kind] for table, kind in _SNAPSHOT.items()
+                }
                 last = start + SNAPSHOT_ROWS >= len(rows)
-                tables = {table: [row._asdict() for row in part if type(row) is kind] for table, kind in TABLES.items()}
                 yield format_line({"type": "snapshot", "seq": seq, **tables, "last": last})
 
         return pieces()
 
 
+_SNAPSHOT: Final[dict[str, type[Row]]] = {**TABLES, "clusters": ClusterRow}
+
+
 def _line_for(wanted: Filter, published: _Published) -> bytes | None:
     """Return the line for one who asked for rows: of a change whose row matches before or after it."""
     change = published.change
+    if wanted.types and change.type not in wanted.types:
+        return None
     removed = change.type.endswith(":removed")
     if not removed and wanted.matches(change.row):
         return published.line
     if wanted.matches(change.previous if change.previous is not None else change.row if removed else None):
-        return _marked(published.line, b"left")
+        return _marked(published.line, b'"left":true')
     return None
+
+
+def _history_lines(wanted: Filter, changes: Iterable[Change]) -> Iterator[bytes]:
+    return _marked_history(wanted, (_Published(change, format_line(event_of(change))) for change in changes))
+
+
+def _marked_history(wanted: Filter, some: Iterable[_Published]) -> Iterator[bytes]:
+    for published in some:
+        line = _line_for(wanted, published)
+        if line is not None:
+            yield _marked(line, b'"history":true')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3262,7 +3439,11 @@ CREATE TABLE watches (
 );
 """
 
-MIGRATIONS: Final = (_VERSION_1,)  # the n-th brings a cache from schema version n to n + 1
+_VERSION_2: Final = """
+ALTER TABLE changes ADD COLUMN before TEXT;
+INSERT OR REPLACE INTO meta (key, value) SELECT 'changes_after', CAST(coalesce(max(seq), 0) AS TEXT) FROM changes;
+"""
+MIGRATIONS: Final = (_VERSION_1, _VERSION_2)  # the n-th brings a cache from schema version n to n + 1
 META: Final = "CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT)"
 _TABLE_OF: Final[dict[type[TableRow], str]] = {kind: table for table, kind in TABLES.items()}
 _KEY_COLUMNS: Final = {"runs": ("run_id",)}
@@ -3403,8 +3584,23 @@ def retention_statements(seq: int, before: str) -> list[Statement]:
     """Return the statements that let old history go."""
     return [
         ("DELETE FROM changes WHERE seq < ?", (seq - _CHANGES_KEPT,)),
+        changes_held_after(seq - _CHANGES_KEPT - 1),
         ("DELETE FROM run_events WHERE local_timestamp < ? AND run_id NOT IN (SELECT run_id FROM runs)", (before,)),
     ]
+
+
+def changes_held_after(seq: int) -> Statement:
+    """Return what notes that no change up to a number need be there any more."""
+    return (
+        "INSERT INTO meta (key, value) VALUES ('changes_after', CAST(max(0, ?) AS TEXT)) ON CONFLICT (key) DO UPDATE"
+        " SET value = CAST(max(CAST(value AS INTEGER), CAST(excluded.value AS INTEGER)) AS TEXT)"
+    ), (seq,)
+
+
+def stream_statements(cursor: Cursor, reserved: int) -> list[Statement]:
+    """Return what lets a stream go on in an empty cache."""
+    metas = {"stream": cursor.stream, "begun_at": str(cursor.seq), "reserved_seq": str(reserved)}
+    return [*(set_meta(key, value) for key, value in metas.items()), changes_held_after(cursor.seq)]
 
 
 def facts_json(facts: Facts) -> str:
@@ -3464,8 +3660,8 @@ def _change_statements(change: Change) -> list[Statement]:
     text = json.dumps(row._asdict(), ensure_ascii=False)
     statements.append(
         (
-            "INSERT INTO changes (seq, type, cluster, at, row) VALUES (?, ?, ?, ?, ?)",
-            (change.seq, change.type, row.cluster, change.at, text),
+            "INSERT INTO changes (seq, type, cluster, at, row, before) VALUES (?, ?, ?, ?, ?, ?)",
+            (change.seq, change.type, row.cluster, change.at, text, _before_text(change)),
         )
     )
     for event in run_events_of(change):
@@ -3478,6 +3674,31 @@ def _change_statements(change: Change) -> list[Statement]:
             )
         )
     return statements
+
+
+def _before_text(change: Change) -> str | None:
+    """Return the columns that were other before, as JSON; None where there was no row."""
+    if change.previous is None:
+        return None
+    named = zip(change.row._fields, change.row, change.previous)
+    return json.dumps({name: was for name, value, was in named if value != was}, ensure_ascii=False)
+
+
+def change_from(seq: int, change_type: str, at: str, row_text: str, before_text: str | None) -> Change:
+    """Return a change as `changes` holds it."""
+    kind = _KIND_OF_CHANGE.get(change_type.partition(":")[0], ClusterRow)
+    said = {name: value for name, value in (parse_json_object(row_text) or {}).items() if name in kind._fields}
+    before = None if before_text is None else parse_json_object(before_text)
+    was = None if before is None else {**said, **{name: before[name] for name in before if name in kind._fields}}
+    return Change(seq, change_type, kind(**said), None if was is None else kind(**was), at)
+
+
+_KIND_OF_CHANGE: Final[dict[str, type[Row]]] = {
+    "run": Run,
+    "schedule": Schedule,
+    "volume": Volume,
+    "warning": ClusterEvent,
+}
 
 
 def _row_statements(change_type: str, row: TableRow) -> list[Statement]:
@@ -4827,7 +5048,8 @@ class Reply(NamedTuple):
 
     body: JsonObject
     name: str = ""  # of the list, empty where there is none
-    rows: Sequence[JsonObject | Run] = ()
+    rows: Sequence[JsonObject | Row] = ()
+    etag: str = ""  # the same for the same answer
 
 
 class Later(NamedTuple):
@@ -4842,7 +5064,14 @@ class Subscribed(NamedTuple):
     subscription: Subscription
 
 
-Answer = Union[Reply, Later, Subscribed]
+class Unsubscribed(NamedTuple):
+    """An answer that ends what a connection's subscriptions are told: one's by its mark, or (None) all of them."""
+
+    reply: Reply
+    mark: bytes | None
+
+
+Answer = Union[Reply, Later, Subscribed, Unsubscribed]
 
 
 class Knowledge(Protocol):
@@ -4869,10 +5098,13 @@ class Knowledge(Protocol):
     def logs(self, lines: int, level: str) -> list[JsonObject]:
         """Return the last log lines of at least a level."""
 
-    def subscribe(self, wanted: Filter, history: int, reply: JsonObject) -> Subscription:
+    def edition(self, kind: type[TableRow]) -> str:
+        """Return what is another whenever a row of a table is."""
+
+    def subscribe(self, wish: Wish, envelope: JsonObject) -> Subscription:
         """Return a new subscription to changes."""
 
-    def follow_logs(self, lines: int, level: str, reply: JsonObject) -> Subscription:
+    def follow_logs(self, lines: int, level: str, envelope: JsonObject) -> Subscription:
         """Return a new subscription to log lines."""
 
     def reload(self) -> JsonObject:
@@ -4889,13 +5121,19 @@ class Requests:
         self._knowledge = knowledge
         self._actions: dict[str, Callable[[JsonObject], Answer]] = {
             "status": lambda _: Reply(knowledge.status()),
+            "healthz": lambda _: Reply({}),
+            "readyz": self._readyz,
             "ping": lambda _: Reply({}),
-            "runs.list": self._runs_list,
-            "runs.show": self._runs_show,
-            "clusters.list": self._clusters_list,
+            "runs": lambda request: self._list(Run, request),
+            "run": self._run,
+            "schedules": lambda request: self._list(Schedule, request),
+            "volumes": lambda request: self._list(Volume, request),
+            "warnings": lambda request: self._list(ClusterEvent, request),
+            "clusters": self._clusters,
             "query": self._query,
             "logs": self._logs,
             "subscribe": self._subscribe,
+            "unsubscribe": self._unsubscribe,
             "reload": lambda _: Reply(knowledge.reload()),
             "shutdown": self._shutdown,
         }
@@ -4905,6 +5143,7 @@ class Requests:
         action = request.get("action")
         if not isinstance(action, str):
             raise UsageError("a request needs an action", 'write {"action": "status"}')
+        action = _FORMER_ACTIONS.get(action, action)
         if request.get("cache") not in (None, self._knowledge.cache_path()):
             raise OtherCacheError("this daemon keeps another cache", self._knowledge.cache_path())
         handle = self._actions.get(action)
@@ -4912,18 +5151,22 @@ class Requests:
             raise UsageError(f"no action {clip(action)!r}", nearest(action[:64], self._actions))
         return handle(request)
 
-    def _runs_list(self, request: JsonObject) -> Reply:
-        wanted = parse_filter(request)
-        parts = self._synced(wanted.clusters)
-        limit = _number(request, "limit", 0)
-        runs = [row for row in self._knowledge.rows(Run, wanted) if isinstance(row, Run)]
-        runs.sort(key=lambda run: (run.created_at or "", run.run_id), reverse=True)
-        return Reply({"clusters": [part._asdict() for part in parts]}, "runs", runs[:limit] if limit else runs)
+    def _readyz(self, _request: JsonObject) -> Reply:
+        parts = self._synced(())
+        return Reply({"clusters": [part._asdict() for part in parts]})
 
-    def _runs_show(self, request: JsonObject) -> Later:
-        wanted = request.get("run")
+    def _list(self, kind: type[TableRow], request: JsonObject) -> Reply:
+        wanted = parse_filter(request, LIST_FILTERS[kind])
+        body = {"clusters": [part._asdict() for part in self._synced(wanted.clusters)]}
+        limit = _number(request, "limit", 0)
+        rows = sorted(self._knowledge.rows(kind, wanted), key=_LIST_KEYS[kind], reverse=kind in (Run, ClusterEvent))
+        etag = etag_of(self._knowledge.edition(kind), body, request)
+        return Reply(body, _LIST_NAMES[kind], rows[:limit] if limit else rows, etag)
+
+    def _run(self, request: JsonObject) -> Later:
+        wanted = request.get("runId", request.get("run"))
         if not isinstance(wanted, str):
-            raise UsageError("runs.show needs a run", 'write {"action": "runs.show", "run": "..."}')
+            raise UsageError("run needs a run", 'write {"action": "run", "runId": "..."}')
         self._synced(())
         runs = [row for row in self._knowledge.rows(Run, Filter()) if isinstance(row, Run)]
         run = pick_run(runs, wanted)
@@ -4937,10 +5180,11 @@ class Requests:
 
         return Later(work)
 
-    def _clusters_list(self, _request: JsonObject) -> Reply:
+    def _clusters(self, request: JsonObject) -> Reply:
         status = self._knowledge.status()
         names = ("name", "server", "priority", "connected", "error", "last_event_at")
-        return Reply({"clusters": [{name: row.get(name) for name in names} for row in status["clusters"]]})
+        body = {"clusters": [{name: row.get(name) for name in names} for row in status["clusters"]]}
+        return Reply(body, etag=etag_of(body, request))
 
     def _query(self, request: JsonObject) -> Later:
         sql = request.get("sql")
@@ -4958,8 +5202,20 @@ class Requests:
         return Reply({}, "lines", self._knowledge.logs(lines, level))
 
     def _subscribe(self, request: JsonObject) -> Subscribed:
+        wanted = parse_filter(request, STREAM_FILTERS)
         history = min(_number(request, "includeHistory", 0), HISTORY_EVENTS)
-        return Subscribed(self._knowledge.subscribe(parse_filter(request), history, envelope(request)))
+        snapshot = request.get("snapshot", False)
+        if not isinstance(snapshot, bool):
+            raise UsageError("snapshot must be true or false")
+        wish = Wish(wanted, history, parse_cursor(request.get("since")), snapshot)
+        return Subscribed(self._knowledge.subscribe(wish, envelope(request)))
+
+    def _unsubscribe(self, request: JsonObject) -> Unsubscribed:
+        body = {"type": "unsubscribed"}
+        if "subscription" not in request:
+            return Unsubscribed(Reply(body), None)
+        named = request["subscription"]
+        return Unsubscribed(Reply({**body, "subscription": named}), identity_mark({"id": named}))
 
     def _shutdown(self, _request: JsonObject) -> Reply:
         self._knowledge.shutdown()
@@ -4968,6 +5224,41 @@ class Requests:
     def _synced(self, clusters: Iterable[str]) -> list[Freshness]:
         """Return how fresh the clusters asked for are. Raises where none of them was ever synced, or one is unknown."""
         return check_synced(self._knowledge.freshness(), clusters)
+
+
+_FORMER_ACTIONS: Final = {"runs.list": "runs", "runs.show": "run", "clusters.list": "clusters"}
+_LIST_NAMES: Final[dict[type[TableRow], str]] = {
+    Run: "runs",
+    Schedule: "schedules",
+    Volume: "volumes",
+    ClusterEvent: "warnings",
+}
+_LIST_KEYS: Final[dict[type[TableRow], Callable[[Any], Values]]] = {
+    Run: lambda run: (run.created_at or "", run.run_id),
+    Schedule: row_key,
+    Volume: row_key,
+    ClusterEvent: lambda warning: (warning.last_at or "", *row_key(warning)),
+}
+
+
+def etag_of(*parts: Any) -> str:
+    """Return an entity tag (RFC 9110, section 8.8.3): weak, since what goes over the wire may be compressed."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return f'W/"{hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:32]}"'
+
+
+def parse_cursor(said: object) -> Cursor | None:
+    """Return the cursor of a request: `{"stream": "...", "seq": 1}`, or `STREAM:SEQ`. Raises UsageError."""
+    if said is None:
+        return None
+    if isinstance(said, str):
+        stream, _, number = said.rpartition(":")
+        said = {"stream": stream, "seq": parse_int(number)}
+    if isinstance(said, dict) and isinstance(said.get("stream"), str):
+        seq = said.get("seq")
+        if isinstance(seq, int) and not isinstance(seq, bool) and 0 <= seq <= INT_MAX:
+            return Cursor(said["stream"], seq)
+    raise UsageError("since must be a cursor", 'write "since": {"stream": "...", "seq": 1}, as they were last told')
 
 
 def check_synced(parts: Sequence[Freshness], clusters: Iterable[str]) -> list[Freshness]:
@@ -5015,7 +5306,7 @@ def reply_pieces(reply: Reply, request: JsonObject) -> Iterator[bytes]:
     yield format_line(head)[:-2] + b"," + json.dumps(reply.name).encode() + b":["
     for start in range(0, len(reply.rows), SNAPSHOT_ROWS):
         rows = reply.rows[start : start + SNAPSHOT_ROWS]
-        part = b",".join(format_line(row._asdict() if isinstance(row, Run) else row)[:-1] for row in rows)
+        part = b",".join(format_line(row if isinstance(row, dict) else row._asdict())[:-1] for row in rows)
         yield (b"," if start else b"") + part
     yield b"]}\n"
 
@@ -5026,6 +5317,175 @@ def _number(request: JsonObject, name: str, default: int) -> int:
     if number is None:
         raise UsageError(f"{name} must be a whole number, 0 or more")
     return number
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Requests: routes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(text)
+
+
+# Python's own would take NaN and 1e999, which no other reader of JSON does when an id comes back.
+_REQUEST_JSON: Final = json.JSONDecoder(parse_float=_finite, parse_constant=_no_constant)
+
+
+class RequestDecoder:
+    """Takes requests out of what a client sends: each ends at a newline, or where the text is a whole JSON object."""
+
+    def __init__(self) -> None:
+        self._text = ""
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._scan = _REQUEST_JSON.raw_decode
+        self.is_unfinished = False  # the last request ended without a newline
+
+    def receive(self, data: bytes) -> Iterator[JsonObject | UsageError]:
+        """Yield requests, and an error for each line that is none. Raises ProtocolError for one that is too long."""
+        self._text += self._utf8.decode(data, not data)
+        tail = data.rstrip()[-1:]
+        if b"\n" not in data and data and tail != b"}":
+            self._check_length()
+            return  # nothing can have ended
+        while self._text.strip():
+            taken = self._take(last=not data)
+            if taken is None:
+                break
+            yield taken
+        self._check_length()
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether a request has begun and not ended."""
+        return bool(self._text) and not self._text.isspace()
+
+    def _check_length(self) -> None:
+        if len(self._text) > REQUEST_MAX_BYTES:
+            self._text = ""
+            raise ProtocolError(f"a request of over {REQUEST_MAX_BYTES} bytes")
+
+    def _take(self, *, last: bool) -> JsonObject | UsageError | None:
+        text = self._text.lstrip()
+        try:
+            value, end = self._scan(text)
+        except (ValueError, RecursionError):
+            line, newline, rest = text.partition("\n")
+            if not newline and not last:
+                self._text = text
+                return None
+            self._text = rest
+            return UsageError(f"this is no JSON: {clip(line[:60])!r}", 'send one object a line: {"action": "status"}')
+        self._text = text[end:]
+        self.is_unfinished = not self._text
+        if not isinstance(value, dict):
+            return UsageError("a request is a JSON object", 'write {"action": "status"}')
+        return value
+
+
+def request_from_text(text: str) -> JsonObject | UsageError:
+    """Return the request that a text is, or the error that says why it is none."""
+    try:
+        said = _REQUEST_JSON.decode(text)
+    except (ValueError, RecursionError):
+        return UsageError(f"this is no JSON: {clip(text[:60])!r}", 'send one object: {"action": "status"}')
+    return said if isinstance(said, dict) else UsageError("a request is a JSON object", 'write {"action": "status"}')
+
+
+def bare_path(path: str) -> str:
+    """Return a path without the /daemon that every route stands under too, and without a slash at its end."""
+    return (path[len("/daemon") :] if path.startswith("/daemon/") else path).rstrip("/") or "/"
+
+
+def request_from_http(http: HttpRequest) -> JsonObject:
+    """Return the request that an HTTP request means. Raises NotFoundError, UsageError or MethodError."""
+    path = bare_path(http.path)
+    action = _ROUTES.get(path)
+    request: JsonObject = {"action": action}
+    if action is None and path.startswith("/v1/runs/"):
+        action, request = "run", {"action": "run", "runId": path[len("/v1/runs/") :]}
+    if action is None:
+        raise NotFoundError(f"no route {clip(http.path)!r}", f"there are {', '.join(sorted(_ROUTES))}")
+    allowed = ("POST",) if action in ("reload", "shutdown") else ("GET", "HEAD", "POST")
+    if http.method not in allowed:
+        raise MethodError(f"{clip(http.method)} is not possible here", f"use {allowed[0]}")
+    if http.body:
+        said = request_from_text(http.body.decode("utf-8", "replace"))
+        if isinstance(said, UsageError):
+            raise said
+        request = {**said, **request}
+    request = {**_query_parameters(http.query), **request}
+    if action == "subscribe" and "last-event-id" in http.headers:  # an EventSource that comes back
+        request["since"] = http.headers["last-event-id"]
+    return request
+
+
+_ROUTES: Final = {
+    "/status": "status",
+    "/healthz": "healthz",
+    "/readyz": "readyz",
+    **{
+        f"/v1/{action}": action
+        for action in ("status", "runs", "schedules", "volumes", "warnings", "clusters", "query", "logs", "ping")
+    },
+    "/v1/stream": "subscribe",
+    "/v1/reload": "reload",
+    "/v1/shutdown": "shutdown",
+}
+_FLAGS: Final = ("follow", "snapshot")
+_PARAMETERS: Final = ("id", "cache", "limit", "lines", "level", "sql", "includeHistory", "since")
+
+
+def _query_parameters(query: Mapping[str, list[str]]) -> JsonObject:
+    """Return a query string's parameters as a request has them: ?cluster=a&cluster=b&status=running&limit=5.
+
+    Raises UsageError for one that no request has: what was meant to ask for less must not ask for everything.
+    """
+    said: JsonObject = {}
+    wanted: JsonObject = {}
+    for name, values in query.items():
+        if name == "cluster":
+            said["clusters"] = values
+        elif name in _FILTER_PARAMETERS:
+            wanted[name] = values
+        elif name in _FLAGS:
+            said[name] = values[-1] in ("", "1", "true")
+        elif name in _PARAMETERS:
+            number = parse_int(values[-1])
+            said[name] = values[-1] if number is None else number
+        else:
+            known = ["cluster", *_FILTER_PARAMETERS, *_FLAGS, *_PARAMETERS]
+            raise UsageError(f"no parameter {clip(name)!r}", nearest(name[:64], known))
+    return {**said, "filter": wanted} if wanted else said
+
+
+_FILTER_PARAMETERS: Final = sorted({*STREAM_FILTERS, *(name for names in LIST_FILTERS.values() for name in names)})
+
+
+def takes_gzip(http: HttpRequest) -> bool:
+    """Say whether a client asks for compressed answers (RFC 9110, section 12.5.3)."""
+    for token in http.headers.get("accept-encoding", "").lower().split(","):
+        coding, *parameters = (part.strip() for part in token.split(";"))
+        if coding in ("gzip", "x-gzip"):
+            return not any(re.fullmatch(r"q=0(\.0*)?", parameter) for parameter in parameters)
+    return False
+
+
+def format_server_sent(line: bytes, stream: str) -> bytes:
+    """Return a subscriber's line as a Server-Sent Event (WHATWG HTML, 9.2), with an id to go on from."""
+    seq = _SEQ_AT_FIRST.match(line)
+    cursor = b"id: %s:%s\n" % (stream.encode(), seq[1]) if seq else b""
+    return cursor + b"data: " + line + b"\n"
+
+
+_SEQ_AT_FIRST: Final = re.compile(rb'\{"type":"(?:[a-z]+:[a-z]+|warning|seq)","seq":(\d+)')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -5109,127 +5569,6 @@ class Framing(Protocol):
         """Return what ends the connection in order."""
 
 
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(text)
-    return value
-
-
-def _no_constant(text: str) -> float:
-    raise ValueError(text)
-
-
-# Python's own would take NaN and 1e999, which no other reader of JSON does when an id comes back.
-_REQUEST_JSON: Final = json.JSONDecoder(parse_float=_finite, parse_constant=_no_constant)
-
-
-class RequestDecoder:
-    """Takes requests out of what a client sends: each ends at a newline, or where the text is a whole JSON object."""
-
-    def __init__(self) -> None:
-        self._text = ""
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._scan = _REQUEST_JSON.raw_decode
-        self.is_unfinished = False  # the last request ended without a newline
-
-    def receive(self, data: bytes) -> Iterator[JsonObject | UsageError]:
-        """Yield requests, and an error for each line that is none. Raises ProtocolError for one that is too long."""
-        self._text += self._utf8.decode(data, not data)
-        tail = data.rstrip()[-1:]
-        if b"\n" not in data and data and tail != b"}":
-            self._check_length()
-            return  # nothing can have ended
-        while self._text.strip():
-            taken = self._take(last=not data)
-            if taken is None:
-                break
-            yield taken
-        self._check_length()
-
-    @property
-    def is_partial(self) -> bool:
-        """Whether a request has begun and not ended."""
-        return bool(self._text) and not self._text.isspace()
-
-    def _check_length(self) -> None:
-        if len(self._text) > REQUEST_MAX_BYTES:
-            self._text = ""
-            raise ProtocolError(f"a request of over {REQUEST_MAX_BYTES} bytes")
-
-    def _take(self, *, last: bool) -> JsonObject | UsageError | None:
-        text = self._text.lstrip()
-        try:
-            value, end = self._scan(text)
-        except (ValueError, RecursionError):
-            line, newline, rest = text.partition("\n")
-            if not newline and not last:
-                self._text = text
-                return None
-            self._text = rest
-            return UsageError(f"this is no JSON: {clip(line[:60])!r}", 'send one object a line: {"action": "status"}')
-        self._text = text[end:]
-        self.is_unfinished = not self._text
-        if not isinstance(value, dict):
-            return UsageError("a request is a JSON object", 'write {"action": "status"}')
-        return value
-
-
-def bare_path(path: str) -> str:
-    """Return a path without the /daemon that every route stands under too, and without a slash at its end."""
-    return (path[len("/daemon") :] if path.startswith("/daemon/") else path).rstrip("/") or "/"
-
-
-def request_from_http(http: HttpRequest) -> JsonObject:
-    """Return the request that an HTTP request means. Raises NotFoundError, UsageError or MethodError."""
-    path = bare_path(http.path)
-    action = _ROUTES.get(path)
-    request: JsonObject = {"action": action}
-    if action is None and path.startswith("/v1/runs/"):
-        action, request = "runs.show", {"action": "runs.show", "run": path[len("/v1/runs/") :]}
-    if action is None:
-        raise NotFoundError(f"no route {clip(http.path)!r}", f"there are {', '.join(sorted(_ROUTES))}")
-    allowed = ("POST",) if action in ("reload", "shutdown") else ("GET", "HEAD", "POST")
-    if http.method not in allowed:
-        raise MethodError(f"{clip(http.method)} is not possible here", f"use {allowed[0]}")
-    if http.body:
-        said = request_from_text(http.body.decode("utf-8", "replace"))
-        if isinstance(said, UsageError):
-            raise said
-        request = {**said, **request}
-    return {**_query_parameters(http.query), **request}
-
-
-_ROUTES: Final = {
-    "/status": "status",
-    "/v1/status": "status",
-    "/v1/runs": "runs.list",
-    "/v1/clusters": "clusters.list",
-    "/v1/query": "query",
-    "/v1/logs": "logs",
-    "/v1/stream": "subscribe",
-    "/v1/ping": "ping",
-    "/v1/reload": "reload",
-    "/v1/shutdown": "shutdown",
-}
-
-
-def _query_parameters(query: Mapping[str, list[str]]) -> JsonObject:
-    """Return a query string's parameters as a request has them: ?cluster=a&cluster=b&status=running&limit=5."""
-    said: JsonObject = {}
-    for name, values in query.items():
-        if name == "cluster":
-            said["clusters"] = values
-        elif name == "status":
-            said["filter"] = {"status": values}
-        elif name == "follow":
-            said["follow"] = values[-1] in ("", "1", "true")
-        else:
-            number = parse_int(values[-1])
-            said[name] = values[-1] if number is None else number
-    return said
-
-
 def framing_for(data: bytes, access: Access) -> Framing:
     """Return the framing of a client that begins with these bytes."""
     return HttpFraming(access) if data[:1].isalpha() or not access.is_local else LinesFraming()
@@ -5293,6 +5632,7 @@ class HttpFraming:
         sizes = () if access.is_local else (REMOTE_HEADERS_BYTES, REMOTE_BODY_BYTES)
         self._codec = HttpServerCodec(*sizes)
         self._http: HttpRequest | None = None  # which is being answered
+        self._stream: str | None = None  # which Server-Sent Events are of
 
     @property
     def is_open(self) -> bool:
@@ -5319,19 +5659,42 @@ class HttpFraming:
 
     def answer(self, answer: Reply | Subscribed | FabrikError, request: JsonObject) -> Iterator[bytes]:
         """Yield a response; of a subscription, its head."""
-        status = answer.http_status if isinstance(answer, FabrikError) else 200
-        kind = "application/x-ndjson" if isinstance(answer, Subscribed) else "application/json"
-        more = _error_headers(answer, request) if isinstance(answer, FabrikError) else []
-        yield self._codec.head(status, [("Content-Type", kind), ("Cache-Control", "no-store"), *more])
         if isinstance(answer, Subscribed):
+            yield self._stream_head(answer.subscription)
             return
-        yield from map(self._codec.chunk, _answer_pieces(answer, request))
+        headers = [("Content-Type", "application/json"), ("Vary", "Accept-Encoding")]
+        etag = answer.etag if isinstance(answer, Reply) else ""
+        headers += [("ETag", etag), ("Cache-Control", "no-cache")] if etag else [("Cache-Control", "no-store")]
+        if isinstance(answer, FabrikError):
+            yield self._codec.head(answer.http_status, [*headers, *_error_headers(answer, request)])
+            yield from map(self._codec.chunk, _answer_pieces(answer, request))
+        elif etag and self._is_known(etag):
+            yield self._codec.head(304, headers)
+        elif self._http is not None and takes_gzip(self._http):
+            yield self._codec.head(200, [*headers, ("Content-Encoding", "gzip")])
+            yield from map(self._codec.chunk, _compressed(_answer_pieces(answer, request)))
+        else:
+            yield self._codec.head(200, headers)
+            yield from map(self._codec.chunk, _answer_pieces(answer, request))
         yield self._codec.end()
         self._http = None
 
+    def _stream_head(self, subscription: Subscription) -> bytes:
+        accepted = self._http.headers.get("accept", "") if self._http is not None else ""
+        self._stream = subscription.stream if "text/event-stream" in accepted else None
+        kind = "application/x-ndjson" if self._stream is None else "text/event-stream"
+        return self._codec.head(200, [("Content-Type", kind), ("Cache-Control", "no-store")])
+
+    def _is_known(self, etag: str) -> bool:
+        """Say whether the client holds this answer already."""
+        if self._http is None or self._http.method not in ("GET", "HEAD"):
+            return False
+        held = [tag.strip() for tag in self._http.headers.get("if-none-match", "").split(",")]
+        return "*" in held or etag[2:] in (tag[2:] if tag.startswith("W/") else tag for tag in held)
+
     def line(self, line: bytes) -> bytes:
         """Return a chunk."""
-        return self._codec.chunk(line)
+        return self._codec.chunk(line if self._stream is None else format_server_sent(line, self._stream))
 
     def ping(self) -> bytes:
         """Return nothing: HTTP has no such thing."""
@@ -5427,19 +5790,16 @@ def _error_headers(error: FabrikError, request: JsonObject) -> list[tuple[str, s
     return headers
 
 
+def _compressed(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    gzip_format = zlib.compressobj(6, zlib.DEFLATED, 31)
+    yield from map(gzip_format.compress, pieces)
+    yield gzip_format.flush()
+
+
 def _answer_pieces(answer: Reply | Subscribed | FabrikError, request: JsonObject) -> Iterator[bytes]:
     if isinstance(answer, FabrikError):
         return iter([format_line(error_message(answer, request))])
     return reply_pieces(answer, request) if isinstance(answer, Reply) else iter(())
-
-
-def request_from_text(text: str) -> JsonObject | UsageError:
-    """Return the request that a text is, or the error that says why it is none."""
-    try:
-        said = _REQUEST_JSON.decode(text)
-    except (ValueError, RecursionError):
-        return UsageError(f"this is no JSON: {clip(text[:60])!r}", 'send one object: {"action": "status"}')
-    return said if isinstance(said, dict) else UsageError("a request is a JSON object", 'write {"action": "status"}')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -5448,7 +5808,10 @@ def request_from_text(text: str) -> JsonObject | UsageError:
 
 # What takes nothing but reading, and tells no more than the clusters do. An action that is not here stays at home.
 REMOTE_ACTIONS: Final = frozenset(
-    ("ping", "status", "runs.list", "runs.show", "clusters.list", "subscribe", "unsubscribe")
+    (
+        *("ping", "status", "runs", "run", "schedules", "volumes", "warnings", "clusters", "subscribe", "unsubscribe"),
+        *("runs.list", "runs.show", "clusters.list"),
+    )
 )
 HEALTH_ROUTES: Final = frozenset(("/healthz", "/readyz"))
 OPEN_ROUTES: Final = HEALTH_ROUTES | {"/metrics"}  # without a token: the kubelet and Prometheus have none
@@ -7251,6 +7614,11 @@ class CacheThread:
         if unit:
             self._queue.put(unit)
 
+    def held(self, seq: int) -> Held:
+        """Return some of the changes after a number, read beside the writer; takes disk. Raises CacheError."""
+        with contextlib.closing(CacheReader(self._path)) as reader:
+            return reader.held(seq)
+
     def close(self, timeout: float) -> bool:
         """Write what waits, then close; False where that took longer than the timeout."""
         self._stopping = True
@@ -7502,8 +7870,7 @@ class Resumption(NamedTuple):
     versions: dict[Scope, tuple[str, str]]  # where each watch goes on, and when that was the last word
     uids: dict[str, str]  # cluster -> kube-system's uid
     followed: dict[str, str]  # cluster -> what stood behind its name when it was last followed
-    stream: str
-    changes: list[Change]  # the last ones, the oldest first
+    past: Past
 
     def take_versions(self, name: str, followed: str) -> dict[Scope, tuple[str, str]]:
         """Return, once, where a cluster's watches go on; nowhere where something else stands behind its name now."""
@@ -7524,8 +7891,10 @@ def _resume(connection: sqlite3.Connection, log: logging.Logger) -> Resumption:
     reserved = int(_meta(connection, "reserved_seq") or 0)
     with connection:
         connection.execute("BEGIN IMMEDIATE")
-        connection.execute(*set_meta("reserved_seq", str(reserved + SEQ_BLOCK)))
         connection.execute("INSERT OR IGNORE INTO meta (key, value) VALUES ('stream', ?)", (str(uuid.uuid4()),))
+        past = _past(connection, reserved)
+        connection.execute(*set_meta("reserved_seq", str(reserved + SEQ_BLOCK)))
+        connection.execute(*set_meta("begun_at", str(reserved)))
     rows: list[TableRow] = []
     for table, kind in TABLES.items():
         rows += (kind(*values) for values in connection.execute(f"SELECT {', '.join(kind._fields)} FROM {table}"))  # noqa: S608
@@ -7547,25 +7916,24 @@ def _resume(connection: sqlite3.Connection, log: logging.Logger) -> Resumption:
     }
     uids = dict(connection.execute("SELECT name, uid FROM clusters WHERE uid IS NOT NULL"))
     snapshot = Snapshot(objects, rows, tuple(versions), reserved)
-    return Resumption(snapshot, versions, uids, followed, _meta(connection, "stream"), _last_changes(connection))
+    return Resumption(snapshot, versions, uids, followed, past)
 
 
-def _last_changes(connection: sqlite3.Connection) -> list[Change]:
-    """Return the last changes, each with the row before it as far as they reach back."""
-    kinds: dict[str, type[Row]] = {"run": Run, "schedule": Schedule, "volume": Volume, "warning": ClusterEvent}
-    changes: list[Change] = []
-    before: dict[tuple[str, ...], Row] = {}
-    for seq, change_type, at, text in connection.execute(
-        "SELECT * FROM (SELECT seq, type, at, row FROM changes ORDER BY seq DESC LIMIT ?) ORDER BY seq",
-        (HISTORY_LOADED,),
-    ):
-        kind = kinds.get(change_type.partition(":")[0], ClusterRow)
-        said = parse_json_object(text) or {}
-        row = kind(**{name: value for name, value in said.items() if name in kind._fields})
-        key = (kind.__name__, *(row_key(row) if not isinstance(row, ClusterRow) else (row.name,)))
-        changes.append(Change(seq, change_type, row, before.get(key), at))
-        before[key] = row
-    return changes
+def _past(connection: sqlite3.Connection, seq: int) -> Past:
+    after, limit = _held_after(connection), HISTORY_LOADED
+    rows = connection.execute(f"{_CHANGES} WHERE seq > ? ORDER BY seq DESC LIMIT ?", (after, limit))
+    changes = [change_from(*row) for row in rows][::-1]
+    after = changes[0].seq - 1 if len(changes) == limit else after
+    upto = max(int(_meta(connection, "begun_at") or 0), changes[-1].seq if changes else 0)
+    return Past(Cursor(_meta(connection, "stream"), seq), changes, after, upto)
+
+
+def _held_after(connection: sqlite3.Connection) -> int:
+    """Return after which number `changes` holds every change."""
+    return int(_meta(connection, "changes_after") or 0)
+
+
+_CHANGES: Final = "SELECT seq, type, at, row, before FROM changes"
 
 
 def _meta(connection: sqlite3.Connection, key: str) -> str:
@@ -7635,6 +8003,14 @@ class CacheReader:
             Freshness(row["name"], bool(row["connected"]) and self._kept_up, row["synced_at"] or None, row["error"])
             for row in found
         ]
+
+    def held(self, seq: int) -> Held:
+        """Return some of the changes after a number. Raises CacheError."""
+        try:
+            rows = self.connection.execute(f"{_CHANGES} WHERE seq > ? ORDER BY seq LIMIT ?", (seq, REPLAYED_AT_ONCE))
+            return Held([change_from(*row) for row in rows], _held_after(self.connection) <= seq)
+        except sqlite3.Error as error:
+            raise CacheError(f"the cache cannot be read: {error}") from None
 
     def run_details(self, run_id: str) -> JsonObject:
         """Return a run's events, volumes and warnings."""
@@ -9039,6 +9415,22 @@ class _Outbox:
         """Send an answer, in the connection's framing, after those before it."""
         self._answers.append(iter(answer))
 
+    def subscribe(self, subscription: Subscription) -> None:
+        """Send what a subscription has to tell. Raises UsageError where one has its id, or there are too many."""
+        if subscription.mark and any(subscription.mark == one.mark for one in self.subscriptions):
+            raise UsageError("this connection has a subscription of this id", "give each an id of its own")
+        if len(self.subscriptions) >= SUBSCRIPTIONS_MAX:
+            raise UsageError(f"this connection has {SUBSCRIPTIONS_MAX} subscriptions", "end one, or connect again")
+        self.subscriptions.append(subscription)
+
+    def unsubscribe(self, mark: bytes | None) -> list[Subscription]:
+        """Send no more of the subscription with a mark, or (None) of all; return which. Raises NotFoundError."""
+        ended = [one for one in self.subscriptions if mark is None or one.mark == mark]
+        if not ended:
+            raise NotFoundError("no such subscription", "name the id of a subscribe on this connection")
+        self.subscriptions[:] = [one for one in self.subscriptions if one not in ended]
+        return ended
+
     def clear(self) -> None:
         """Send nothing more."""
         self._answers.clear()
@@ -9165,7 +9557,11 @@ class ServerConnection:
 
     def _send_waiting(self, framing: Framing) -> None:
         """Send what waits; where the client must read one message first, come again when it may have."""
-        if not self._outbox.pump(framing) and framing.singly and self._poll is None:
+        if self._outbox.pump(framing):
+            for subscription in self.subscriptions:
+                if subscription.lack is not None:
+                    self._server.supply(subscription, subscription.lack)
+        elif framing.singly and self._poll is None:
             self._poll = self._server.reactor.call_later(self._poll_s, self._on_poll)
             self._poll_s = min(2 * self._poll_s, UNREAD_POLL_MAX_S)
 
@@ -9225,16 +9621,26 @@ class ServerConnection:
         try:
             self._access.check(request)
             answer = self._server.requests.answer(request)
+            if isinstance(answer, Subscribed):
+                self._subscribe(answer.subscription)
+            elif isinstance(answer, Unsubscribed):
+                self._server.release(self._outbox.unsubscribe(answer.mark))
+                answer = answer.reply
         except FabrikError as error:
             self._outbox.put(framing.answer(error, request))
             return
         if isinstance(answer, Later):
             self._make(framing, answer, request)
-            return
-        self._outbox.put(framing.answer(answer, request))
-        if isinstance(answer, Subscribed):
-            self._outbox.subscriptions.append(answer.subscription)
-            self._server.listen(answer.subscription, self)
+        else:
+            self._outbox.put(framing.answer(answer, request))
+
+    def _subscribe(self, subscription: Subscription) -> None:
+        try:
+            self._outbox.subscribe(subscription)
+        except UsageError:
+            self._server.release([subscription])
+            raise
+        self._server.listen(subscription, self)
 
     def _make(self, framing: Framing, later: Later, request: JsonObject) -> None:
         self._waiting += 1
@@ -9261,7 +9667,7 @@ class ServerConnection:
 
     def _finish(self) -> None:
         """Tell no more; close when the client has read what was sent."""
-        self._server.release(self)
+        self._server.release(self.subscriptions)
         self._outbox.clear()
         self._inbox.clear()
         self._over = True
@@ -9314,13 +9720,23 @@ class Server:
     def forget(self, connection: ServerConnection) -> None:
         """Let go of a connection that is closed."""
         self._connections.pop(connection, None)
-        self.release(connection)
+        self.release(connection.subscriptions)
 
-    def release(self, connection: ServerConnection) -> None:
-        """Tell a connection no more."""
-        for subscription in connection.subscriptions:
+    def release(self, subscriptions: Iterable[Subscription]) -> None:
+        """Tell subscribers no more."""
+        for subscription in subscriptions:
             self._listeners.pop(subscription, None)
             self._unsubscribe(subscription)
+
+    def supply(self, subscription: Subscription, lack: Lack) -> None:
+        """Read what a subscription lacks, and let it go on."""
+
+        def done(held: Any, _error: BaseException | None) -> None:
+            lack.take(held if isinstance(held, Held) else Held((), False))
+            self.wake([subscription])
+
+        subscription.lack = None
+        self.reactor.run_blocking(lack.read, done)
 
     def _check_time(self) -> None:
         now = self.reactor.now()
@@ -9361,10 +9777,11 @@ class LogRing:
         lines = [line for line in list(self._lines) if line["level"] in wanted]
         return lines[-count:] if count else []
 
-    def follow(self, count: int, level: str, reply: JsonObject) -> Subscription:
+    def follow(self, count: int, level: str, envelope: JsonObject) -> Subscription:
         """Return a subscription to the last lines and those to come."""
-        first = [{"type": "subscribed", **reply}, *({"type": "log", **line} for line in self.last(count, level))]
-        subscription = Subscription(Filter(), [format_line(line) for line in first], lambda: iter(()))
+        subscription = Subscription(Filter(), identity_mark(envelope), "", lambda: iter(()))
+        first = [{"type": "subscribed"}, *({"type": "log", **line} for line in self.last(count, level))]
+        subscription.say([format_line(line) for line in first])
         self._followers[subscription] = int(getattr(logging, level.upper()))
         return subscription
 
@@ -9548,6 +9965,10 @@ class Follower:
         self._stale.discard(name)
         self._cache.put([cluster_statement(name, {"connected": 0, "error": "not configured"})])
 
+    def rows(self, wanted: Filter) -> list[Row]:
+        """Return the rows of all tables that are asked for, and of the clusters."""
+        return [*self._store.rows(wanted), *filter(wanted.matches, self._rows.values())]
+
     def take(self, commit: Commit, *also: Statement) -> None:
         """Write a commit and tell subscribers of it."""
         for run_id, keys in commit.malformed:
@@ -9714,6 +10135,9 @@ class DaemonKnowledge:
             "runs_by_status": {status: runs.count(status) for status in (*STATUSES, UNKNOWN) if status in runs},
             "subscribers": len(daemon.bus),
             "remote": daemon.server.remote.status() if daemon.server.remote is not None else None,
+            "stream": daemon.bus.stream,
+            "seq": daemon.bus.seq,
+            "events_dropped": daemon.bus.dropped,
             "clusters": [self._cluster(cluster) for cluster in daemon.clusters_in_order()],
         }
 
@@ -9743,13 +10167,18 @@ class DaemonKnowledge:
         """Return the last log lines of at least a level."""
         return self._daemon.ring.last(lines, level)
 
-    def subscribe(self, wanted: Filter, history: int, reply: JsonObject) -> Subscription:
-        """Return a new subscription to changes."""
-        return self._daemon.bus.subscribe(wanted, history, reply)
+    def edition(self, kind: type[TableRow]) -> str:
+        """Return what is another whenever a row of a table is."""
+        bus, tables = self._daemon.bus, self._daemon.store.tables
+        return f"{bus.stream} {bus.begun_at} {tables.editions[kind]}"
 
-    def follow_logs(self, lines: int, level: str, reply: JsonObject) -> Subscription:
+    def subscribe(self, wish: Wish, envelope: JsonObject) -> Subscription:
+        """Return a new subscription to changes."""
+        return self._daemon.bus.subscribe(wish, envelope)
+
+    def follow_logs(self, lines: int, level: str, envelope: JsonObject) -> Subscription:
         """Return a new subscription to log lines."""
-        return self._daemon.ring.follow(lines, level, reply)
+        return self._daemon.ring.follow(lines, level, envelope)
 
     def reload(self) -> JsonObject:
         """Read the settings of clusters again; return what that changed. Raises ConfigError."""
@@ -9812,8 +10241,8 @@ class Daemon:
         self.cache.on_rebuilt = lambda: self._reactor.call_soon(self._write_everything)
         self.store = Store(zone_of)
         self.store.load(self._resumption.snapshot)
-        self.bus = Bus(self._resumption.stream, self.store.tables.seq, self.store.rows)
-        self.bus.load(self._resumption.changes)
+        rows: SnapshotRows = lambda wanted: self._follower.rows(wanted)  # noqa: E731, PLW0108 - it is made below
+        self.bus: Bus = Bus(self._resumption.past, rows, self.cache.held)
         self._reactor = Reactor(self._log)
         self._credentials = Credentials(self._reactor, settings.timing)
         self._follower = Follower(self.store, self.cache, self.bus, self._log)
@@ -9945,9 +10374,7 @@ class Daemon:
     def _write_everything(self) -> None:
         """Fill a cache that was made anew; where the watches are follows with their next word."""
         self.cache.put(dump_statements(self.store.rows(Filter()), self.store.objects()))
-        self.cache.put(
-            [set_meta("stream", self.bus.stream), set_meta("reserved_seq", str(self.store.tables.reserve()))]
-        )
+        self.cache.put(stream_statements(Cursor(self.bus.stream, self.bus.seq), self.store.tables.reserve()))
         for cluster in self._follower.clusters.values():
             self._follower.rewrite_cluster(cluster)
 
@@ -11510,7 +11937,7 @@ def ask(context: Context, action: str, **fields: Any) -> JsonObject | None:
 def runs_list(context: Context, arguments: argparse.Namespace) -> int:
     """List runs, the newest first."""
     wanted = {"status": arguments.status} if arguments.status else None
-    reply = ask(context, "runs.list", clusters=arguments.cluster, filter=wanted, limit=arguments.limit)
+    reply = ask(context, "runs", clusters=arguments.cluster, filter=wanted, limit=arguments.limit)
     if reply is not None:
         source, parts = context.daemon, [Freshness(**part) for part in reply["clusters"]]
         rows = reply["runs"]
@@ -11528,7 +11955,7 @@ def runs_list(context: Context, arguments: argparse.Namespace) -> int:
 
 def runs_show(context: Context, arguments: argparse.Namespace) -> int:
     """Show one run whole."""
-    reply = ask(context, "runs.show", run=arguments.id)
+    reply = ask(context, "run", runId=arguments.id)
     if reply is not None:
         tell_source(context, context.daemon, [Freshness(**part) for part in reply["clusters"]])
         row = reply["run"]
@@ -11549,7 +11976,7 @@ def runs_show(context: Context, arguments: argparse.Namespace) -> int:
 
 def clusters_list(context: Context, arguments: argparse.Namespace) -> int:
     """List the clusters: those configured or discovered, and what is known of them."""
-    reply = ask(context, "clusters.list")
+    reply = ask(context, "clusters")
     known = reply["clusters"] if reply is not None else _clusters_in_cache(context.settings.cache)
     rows: dict[str, JsonObject] = {row["name"]: row for row in known}
     empty = {"server": None, "connected": False, "error": None, "last_event_at": None}
@@ -11765,7 +12192,8 @@ def _chosen_runs(context: Context, arguments: argparse.Namespace) -> list[Run]:
     if not names and not arguments.status and not arguments.cluster:
         raise UsageError("which run?", "name one, or say --status running")
     known = _known_runs(context)
-    wanted = Filter(frozenset(arguments.cluster), frozenset(arguments.status))
+    asked = {"clusters": arguments.cluster, "filter": {"status": arguments.status}}
+    wanted = parse_filter(asked, LIST_FILTERS[Run])
     runs = list({run.run_id: run for run in (pick_run(known, name) for name in names)}.values())
     runs = runs or [run for run in known if wanted.matches(run)]
     if not runs:
@@ -11776,7 +12204,7 @@ def _chosen_runs(context: Context, arguments: argparse.Namespace) -> list[Run]:
 
 
 def _known_runs(context: Context) -> list[Run]:
-    reply = ask(context, "runs.list")
+    reply = ask(context, "runs")
     if reply is not None:
         rows = reply["runs"]
     else:

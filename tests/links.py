@@ -310,12 +310,12 @@ class LooseDaemon(Daemon):
 
     def run_rows(self, cluster: str = "test") -> dict[str, JsonObject]:
         """Return the runs of a cluster that the daemon knows, by their plain id."""
-        rows = self.ask("runs.list").get("runs", [])
+        rows = self.ask("runs").get("runs", [])
         return {row["id"]: row for row in rows if row["cluster"] == cluster}
 
     def everything_said(self) -> bytes:
         """Return all that it wrote or told anywhere: log, status, its log ring, cache files, and the CLI's words."""
-        said = [json.dumps(self.ask(action)).encode() for action in ("status", "clusters.list")]
+        said = [json.dumps(self.ask(action)).encode() for action in ("status", "clusters")]
         said.append(json.dumps(self.ask("logs", lines=2000)).encode())
         for words in (("status",), ("clusters", "list"), ("logs",)):
             done = self.cli(*words)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import zoneinfo
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 from fabrik_objects import NAMESPACE, Report, cronjob, event, job, pod, pvc, run_id, time_text
@@ -25,6 +25,7 @@ from fabrik_daemon import (
     VOLUMES,
     Change,
     ClusterEvent,
+    ClusterRow,
     Commit,
     CronJobFacts,
     EventFacts,
@@ -41,6 +42,8 @@ from fabrik_daemon import (
     Volume,
     VolumeFacts,
     authorize,
+    change_from,
+    changes_held_after,
     cluster_statement,
     commit_statements,
     epoch_of,
@@ -99,7 +102,8 @@ CREATE INDEX idx_events_run_id ON run_events(run_id, cluster_timestamp);
 def database() -> Iterator[sqlite3.Connection]:
     connection = sqlite3.connect(":memory:", isolation_level=None)
     connection.execute(META)
-    connection.executescript(MIGRATIONS[0])
+    for script in MIGRATIONS:
+        connection.executescript(script)
     yield connection
     connection.close()
 
@@ -305,17 +309,22 @@ def test_some_columns_of_a_cluster_and_a_watch_are_written_alone(database: sqlit
 
 def test_meta_is_written_over(database: sqlite3.Connection) -> None:
     write(database, [set_meta("a", "1"), set_meta("a", "2"), set_meta("b", "3")])
-    assert dict(database.execute("SELECT key, value FROM meta").fetchall()) == {"a": "2", "b": "3"}
+    assert dict(database.execute("SELECT key, value FROM meta").fetchall()) == {
+        "a": "2",
+        "b": "3",
+        "changes_after": "0",
+    }
 
 
 def test_old_history_goes(database: sqlite3.Connection) -> None:
     write(database, [upsert(Run("r", "c", "n"))])
     for seq in (1, 100_000, 100_001, 200_000):
-        database.execute("INSERT INTO changes VALUES (?, 't', 'c', 'a', '{}')", (seq,))
+        database.execute("INSERT INTO changes (seq, type, at, row) VALUES (?, 't', 'a', '{}')", (seq,))
     for run, at in (("r", "2020"), ("gone", "2020"), ("gone", "2030")):
         database.execute("INSERT INTO run_events (run_id, local_timestamp) VALUES (?, ?)", (run, at))
     write(database, retention_statements(200_000, "2025"))
     assert [seq for (seq,) in database.execute("SELECT seq FROM changes")] == [100_000, 100_001, 200_000]
+    assert meta(database, "changes_after") == "99999"
     assert database.execute("SELECT run_id, local_timestamp FROM run_events ORDER BY id").fetchall() == [
         ("r", "2020"),
         ("gone", "2030"),
@@ -485,3 +494,67 @@ def test_an_unknown_function_or_none_is_denied() -> None:
     assert authorize(31, None, None) == 1
     assert authorize(31, None, "COUNT") == 0
     assert authorize(19, "query_only", "0") == 1
+
+
+# ---------------------------------------------------------------- the stream: what a subscriber who comes back is told
+
+
+def meta(database: sqlite3.Connection, key: str) -> str:
+    (value,) = database.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+    assert isinstance(value, str)
+    return value
+
+
+ROW: Final = Run("r", "c", "n", "running", progress_finished=3, project="p", reason="\u2028 \u2603")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        Change(7, "run:added", ROW, None, "2026"),
+        Change(7, "run:updated", ROW._replace(status="blocked", reason=None, spec_id="s"), ROW, "2026"),
+        Change(7, "run:removed", ROW, ROW, "2026"),
+        Change(7, "schedule:updated", Schedule("c", "n", "s", active=1), Schedule("c", "n", "s"), "2026"),
+        Change(7, "volume:removed", Volume("c", "n", "v", deleted_at="2026"), Volume("c", "n", "v"), "2026"),
+        Change(7, "warning", ClusterEvent("c", "n", "e", count=2), ClusterEvent("c", "n", "e"), "2026"),
+        Change(7, "cluster:stale", ClusterRow("c", error="silent"), None, "2026"),
+    ],
+    ids=lambda change: change.type,
+)
+def test_a_change_comes_back_as_it_was_told(database: sqlite3.Connection, change: Change) -> None:
+    if isinstance(change.row, (Run, Schedule, Volume, ClusterEvent)):
+        write(database, [upsert(change.row)])
+    write(database, commit_statements(Commit((change,))))
+    stored = database.execute("SELECT seq, type, at, row, before FROM changes").fetchone()
+    assert change_from(*stored) == change
+
+
+@given(st.lists(st.sampled_from(Run._fields[3:]), max_size=5), st.text(max_size=20))
+def test_what_was_other_before_is_kept_whatever_it_was(names: list[str], text: str) -> None:
+    row = Run(**{**ROW._asdict(), **dict.fromkeys(names, text)})
+    change = Change(7, "run:updated", row, ROW, "2026")
+    *_, (_, values) = [one for one in commit_statements(Commit((change,))) if "INTO changes" in one[0]]
+    seq, kind, _, at, row_text, before_text = values
+    assert change_from(seq, kind, at, row_text, before_text) == change
+
+
+def test_a_change_of_another_version_keeps_what_is_known_of_it() -> None:
+    told = change_from(1, "run:updated", "2026", '{"run_id":"r","cluster":"c","namespace":"n","new":1}', '{"old":2}')
+    assert told == Change(1, "run:updated", Run("r", "c", "n"), Run("r", "c", "n"), "2026")
+
+
+def test_a_cache_of_the_first_schema_keeps_its_changes_but_nobody_goes_on_from_them() -> None:
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    connection.execute(META)
+    connection.executescript(MIGRATIONS[0])
+    connection.execute("INSERT INTO changes VALUES (41, 'run:added', 'c', '2026', '{}')")
+    connection.executescript(MIGRATIONS[1])
+    assert meta(connection, "changes_after") == "41"
+    assert connection.execute("SELECT seq, before FROM changes").fetchall() == [(41, None)]
+    connection.close()
+
+
+def test_how_far_changes_reach_back_never_falls(database: sqlite3.Connection) -> None:
+    for seq, held in ((500, "500"), (200, "500"), (-3, "500"), (10_000, "10000")):
+        write(database, [changes_held_after(seq)])
+        assert meta(database, "changes_after") == held

@@ -220,7 +220,7 @@ class Reader:
         self.lagged = 0
         self._simulated = simulated
         knowledge = fabrik_daemon.DaemonKnowledge(daemon)
-        self.subscription = knowledge.subscribe(wanted, 0, {})
+        self.subscription = knowledge.subscribe(fabrik_daemon.Wish(wanted), {})
         self.rows: dict[tuple[object, ...], JsonObject] = {}
         for table, kind in fabrik_daemon.TABLES.items():
             self._take_rows(table, (row._asdict() for row in knowledge.rows(kind, wanted)))
@@ -329,7 +329,7 @@ class Simulated:
         raise Crash(how)
 
     def _on_ready(self) -> None:
-        some = fabrik_daemon.Filter(statuses=frozenset(("running", "blocked", "unknown")))
+        some = fabrik_daemon.Filter(columns=(("status", frozenset(("running", "blocked", "unknown"))),))
         for wanted, delay in zip((fabrik_daemon.Filter(), some), self.reader_delays):
             reader = Reader(self.daemon, wanted, delay, self)
             self.daemon._server.readers[reader.subscription] = reader
