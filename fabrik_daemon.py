@@ -3822,7 +3822,7 @@ class HttpServerCodec:
 
     def __init__(self, headers_bytes: int = HEADERS_MAX_BYTES, body_bytes: int = REQUEST_MAX_BYTES) -> None:
         self._connection = h11.Connection(h11.SERVER, max_incomplete_event_size=headers_bytes)
-        self._body_bytes = body_bytes
+        self._headers_bytes, self._body_bytes = headers_bytes, body_bytes
         self._request: h11.Request | None = None
         self._body = b""
 
@@ -3880,6 +3880,8 @@ class HttpServerCodec:
             event = self._connection.next_event()
             if isinstance(event, h11.Request):
                 self._request, self._body = event, b""
+                if sum(len(name) + len(value) for name, value in event.headers) > self._headers_bytes:
+                    raise ProtocolError(f"headers of over {self._headers_bytes} bytes")
             elif isinstance(event, h11.Data):
                 self._body += event.data
                 if len(self._body) > self._body_bytes:
@@ -5973,9 +5975,9 @@ def peer_name(address: str) -> str:
 
 
 def host_of(authority: str) -> str:
-    """Return the host of a Host header, in lower case, without its port."""
-    host = authority.partition("]")[0][1:] if authority.startswith("[") else authority.partition(":")[0]
-    return host.lower().rstrip(".")
+    """Return the host of a Host header, in lower case, without its port; empty for what is none."""
+    match = re.fullmatch(r"(?:\[([^\[\]]*)\]|([^:\[\]]*))(?::\d*)?", authority)
+    return (match[1] or match[2] or "").lower().rstrip(".") if match else ""
 
 
 def _is_address(host: str) -> bool:
@@ -9328,7 +9330,7 @@ class RemoteListener:
         for sock, access in self._open.items():
             if not access.is_good:
                 with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)  # its owner sees the end, and lets go
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)  # its owner sees the end, and lets go
 
     def _on_accept(self, sock: socket.socket) -> None:
         try:
@@ -9583,6 +9585,7 @@ class ServerConnection:
             self._refuse(UsageError(error.message))
             return True
         if said is not None:
+            self._partial_since = None
             self._on_said(framing, said)
             return True
         self._partial_since = (self._partial_since or self._heard_at) if framing.is_partial else None
@@ -9703,10 +9706,10 @@ class Server:
     def close(self) -> None:
         """Close the listeners and every connection."""
         self._unix.close()
-        if self.remote is not None:
-            self.remote.close()
         for connection in list(self._connections):
             connection.close()
+        if self.remote is not None:
+            self.remote.close()
 
     def wake(self, subscriptions: Iterable[Subscription]) -> None:
         """Send what subscriptions have to tell."""
@@ -12274,6 +12277,8 @@ def _exposed(context: Context, arguments: argparse.Namespace) -> Context:
         paths = {name: os.path.abspath(getattr(exposure, name)) for name in names if getattr(exposure, name)}
         exposure = exposure._replace(**paths)  # the daemon's own folder is another
         read_secrets(exposure)  # what is wrong with them is told here, before there is a daemon
+    if arguments.foreground:
+        os.environ.pop("FABRIK_TOKEN", None)  # exec plugins of kubeconfigs need not have it
     return context._replace(settings=context.settings._replace(exposure=exposure))
 
 
