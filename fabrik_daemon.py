@@ -32,6 +32,7 @@ Core:
     HTTP                  client and server sides over h11: bytes in, messages out
     Watch decoding        byte lines -> events, list pages, Status objects
     Watch machine         list, watch, bookmark, expire, back off -> actions
+    Watch machine: log lines   a log's bytes -> lines; which are new; how a Pod's containers are
     Watch machine: pod logs   a run's log over lost connections, restarts and new Pods -> lines, once each
     WebSocket             frames over wsproto: bytes in, texts out
     Requests              the daemon's API: request -> answer, the same for every framing
@@ -53,16 +54,18 @@ Shell:
     Credentials           the helper process around kubernetes.config
     Watcher               drives one Watch machine over one Stream
     Watcher: clusters     who a cluster is, how it is reached, and its watches together
+    Watcher: calls        one request, its credentials, its response as it comes
     Server: listeners     the Unix socket: where it may be, and who is let in
     Server: remote        the TCP listener of remote mode: TLS, limits, token and certificate files
     Server                connections: what clients say -> requests, answers -> what they read
     Daemon: log           the daemon's log, in memory; its last words
     Daemon: following     what watches tell -> store, cache, bus
+    Daemon: kept logs     the last lines of runs that fail
     Daemon: service manager  systemd's: readiness, reload, stop, watchdog, a socket that it opened; signals
     Daemon                composition root: settings -> parts; orderly stop
     Client: remote        a connection to another host's daemon, which outlasts breaks
     Client                a connection to the daemon, for commands
-    Direct                what asks an API server at once: one request, its credentials, its response as it comes
+    Direct                what asks an API server at once, in a loop of its own
     Direct: logs          the logs of runs: from their Pods, from Loki, from what was kept
     Diagnosis             clusters test
     Services              service-templates/ -> units and manifests
@@ -329,6 +332,9 @@ LOG_TRIES: Final = 3  # to reach a log at all
 LOG_STRANGE_TRIES: Final = (
     4  # with back-off some ten seconds: the API server learns of a restart later than that rarely
 )
+KEPT_LINES: Final = 50  # of a failed run's container
+KEPT_READ_BYTES: Final = 2**20  # of its log at most
+KEPT_AT_ONCE: Final = 4  # fetches of all clusters together
 LOGS_AT_ONCE: Final = 200  # a connection each
 LOKI_PAGE_LINES: Final = 1000
 LOKI_RANGE_S: Final = 30 * 86400.0  # of a run that does not say when it began
@@ -1175,6 +1181,9 @@ class ClusterSpec(NamedTuple):
         return self.is_discovered, self.priority, self.name
 
 
+STATUS_SOURCES: Final = ("annotation", "sidecar", "exec")
+
+
 class Settings(NamedTuple):
     """Where everything is and how long everything may take."""
 
@@ -1184,6 +1193,8 @@ class Settings(NamedTuple):
     socket: str | None  # None: the default, which depends on who holds it
     log_level: str = "info"
     timing: Timing = Timing()
+    keep_logs: bool = True  # the last lines of failed runs
+    status_sources: tuple[str, ...] = STATUS_SOURCES[:1]
     laos: Laos = Laos()
     metrics_listen: tuple[str, int] | None = None  # host and port; None: on the Unix socket alone
     remote: RemoteDaemon | None = None  # who is asked in place of this host's daemon
@@ -1201,7 +1212,7 @@ class Flags(NamedTuple):
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 LAOS_SERVICES: Final = ("loki", "alertmanager", "prometheus", "pushgateway")
 ALERT_WAYS: Final = ("off", "direct", "rules")  # direct: the daemon sends them; rules: Prometheus makes them
-_CONFIG_KEYS: Final = ("cache", "socket", "logLevel", "timing", "laos", "metrics")
+_CONFIG_KEYS: Final = ("cache", "socket", "logLevel", "keepLogs", "statusSources", "timing", "laos", "metrics")
 _CLUSTER_KEYS: Final = (
     "name",
     "kubeconfig",
@@ -1246,6 +1257,8 @@ def settings_from(flags: Flags, environment: Mapping[str, str], read: Callable[[
         socket=expand_home(socket_path, environment) if socket_path else None,
         log_level=values.get("logLevel", "info"),
         timing=values.get("timing", Timing()),
+        keep_logs=values.get("keepLogs", True),
+        status_sources=values.get("statusSources", STATUS_SOURCES[:1]),
         laos=values.get("laos", Laos()),
         metrics_listen=values.get("metrics"),
     )
@@ -1264,6 +1277,10 @@ def parse_config(text: str, where: str, environment: Mapping[str, str] | None = 
                 values[key] = parse_listen(_yaml_text(listen, listen_at, "listen"), listen_at)
         elif key == "logLevel":
             values[key] = _one_of(_yaml_text(node, at, key), LOG_LEVELS, at)
+        elif key == "keepLogs":
+            values[key] = _yaml_scalar(node, at, key, bool)
+        elif key == "statusSources":
+            values[key] = tuple(_one_of(source, STATUS_SOURCES, at) for source in _yaml_list(node, at, key))
         else:
             values[key] = _yaml_text(node, at, key)
     return values
@@ -2467,6 +2484,7 @@ class Commit(NamedTuple):
     reserved_seq: int | None = None  # sequence numbers up to this one may be in use
     expired: tuple[TableRow, ...] = ()  # whose retention is over; nobody is told
     malformed: tuple[tuple[str, tuple[str, ...]], ...] = ()  # run_id and the keys that did not parse, once per run
+    kept: KeptLines | None = None
 
 
 class RunEvent(NamedTuple):
@@ -2477,6 +2495,14 @@ class RunEvent(NamedTuple):
     event_type: str
     payload: JsonObject
     cluster_timestamp: str | None
+
+
+class KeptLines(NamedTuple):
+    """The last lines of a run that failed, as events; they take the place of those kept before."""
+
+    run_id: str
+    events: tuple[RunEvent, ...]
+    at: str
 
 
 RowKey = tuple[str, ...]
@@ -2576,6 +2602,11 @@ class Tables:
     def announce(self, draft: Draft, change_type: str, row: ClusterRow) -> None:
         """Make a change of what stands in no table here."""
         self._tell(draft, change_type, row, None)
+
+    def take_numbers(self, count: int) -> int:
+        """Give out some numbers for what is no change, and return the first."""
+        self.seq += count
+        return self.seq - count + 1
 
     def reserve(self) -> int:
         """Reserve a new block of numbers and return its end."""
@@ -2896,6 +2927,19 @@ class Store:
         draft = Draft(now)
         self.tables.announce(draft, change_type, row)
         return self._commit(draft, None)
+
+    def keep_lines(self, run_id: str, lines: Sequence[tuple[JsonObject, str | None]], now: float) -> Commit:
+        """Keep a failed run's last lines: what is said of each, and its time."""
+        draft = Draft(now)
+        first = self.tables.take_numbers(len(lines))
+        events = [RunEvent(first + i, run_id, "log_line", said, at) for i, (said, at) in enumerate(lines)]
+        return self._commit(draft, None)._replace(kept=KeptLines(run_id, tuple(events), draft.at))
+
+    def has_pod(self, run: Run) -> bool:
+        """Say whether a run's Pod is there to be read."""
+        pods = self._objects.get((run.cluster, PODS.name), {})
+        pod = pods.get((run.namespace, run.pod_name or ""))
+        return pod is not None and not pod.gone
 
     def objects(self) -> Iterator[tuple[ObjectKey, Facts]]:
         """Yield all object facts."""
@@ -3447,6 +3491,7 @@ MIGRATIONS: Final = (_VERSION_1, _VERSION_2)  # the n-th brings a cache from sch
 META: Final = "CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT)"
 _TABLE_OF: Final[dict[type[TableRow], str]] = {kind: table for table, kind in TABLES.items()}
 _KEY_COLUMNS: Final = {"runs": ("run_id",)}
+KEPT_META: Final = "kept:"  # and a run_id: the uid of the Job whose last lines were fetched
 _CHANGES_KEPT: Final = 100_000  # about a day of a busy cluster, some 80 MB
 
 # What user SQL may do; the codes are SQLite's (sqlite3.h), written out since the core does not import sqlite3.
@@ -3539,6 +3584,8 @@ def commit_statements(commit: Commit) -> list[Statement]:
     for key, facts in commit.objects:
         statements.append(_object_statement(key, facts))
     statements += (_delete_statement(row) for row in commit.expired)
+    if commit.kept is not None:
+        statements += _kept_statements(commit.kept)
     if commit.progress is not None:
         statements.append(_progress_statement(commit.progress))
     if commit.reserved_seq is not None:
@@ -3586,6 +3633,10 @@ def retention_statements(seq: int, before: str) -> list[Statement]:
         ("DELETE FROM changes WHERE seq < ?", (seq - _CHANGES_KEPT,)),
         changes_held_after(seq - _CHANGES_KEPT - 1),
         ("DELETE FROM run_events WHERE local_timestamp < ? AND run_id NOT IN (SELECT run_id FROM runs)", (before,)),
+        (
+            "DELETE FROM meta WHERE key GLOB ? AND substr(key, ?) NOT IN (SELECT run_id FROM runs)",
+            (KEPT_META + "*", len(KEPT_META) + 1),
+        ),
     ]
 
 
@@ -3664,16 +3715,21 @@ def _change_statements(change: Change) -> list[Statement]:
             (change.seq, change.type, row.cluster, change.at, text, _before_text(change)),
         )
     )
-    for event in run_events_of(change):
-        payload = json.dumps(event.payload, ensure_ascii=False)
-        statements.append(
-            (
-                "INSERT INTO run_events (id, run_id, event_type, payload, cluster_timestamp, local_timestamp)"
-                " VALUES (?, ?, ?, ?, ?, ?)",
-                (event.id, event.run_id, event.event_type, payload, event.cluster_timestamp, change.at),
-            )
-        )
-    return statements
+    return [*statements, *(_event_statement(event, change.at) for event in run_events_of(change))]
+
+
+def _event_statement(event: RunEvent, at: str) -> Statement:
+    payload = json.dumps(event.payload, ensure_ascii=False)
+    return (
+        "INSERT INTO run_events (id, run_id, event_type, payload, cluster_timestamp, local_timestamp)"
+        " VALUES (?, ?, ?, ?, ?, ?)",
+        (event.id, event.run_id, event.event_type, payload, event.cluster_timestamp, at),
+    )
+
+
+def _kept_statements(kept: KeptLines) -> list[Statement]:
+    before = "DELETE FROM run_events WHERE run_id = ? AND event_type = 'log_line'", (kept.run_id,)
+    return [before, *(_event_statement(event, kept.at) for event in kept.events)]
 
 
 def _before_text(change: Change) -> str | None:
@@ -4492,7 +4548,7 @@ class WatchMachine:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Watch machine: pod logs
+# Watch machine: log lines
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -4593,6 +4649,7 @@ class ContainerView(NamedTuple):
     number: int
     state: str  # waiting: nothing to read; running; terminated
     reason: str
+    failed: bool = False  # it ended with another code than 0
 
 
 class PodView(NamedTuple):
@@ -4610,6 +4667,11 @@ class PodView(NamedTuple):
     def is_over(self) -> bool:
         """Whether none of its containers will run again."""
         return self.phase in ("Succeeded", "Failed")
+
+    @property
+    def culprit(self) -> str:
+        """The container that failed, the main one where none did."""
+        return next((container.name for container in self.containers if container.failed), self.chosen)
 
     def container(self, name: str | None) -> ContainerView | None:
         """Return a container, the main one for None; None where there is no such."""
@@ -4646,7 +4708,13 @@ def _container_view(entry: JsonObject) -> ContainerView:
     else:
         state = "waiting"
     number = parse_int(entry.get("restartCount")) or 0
-    return ContainerView(text_at(entry, "name") or "", number, state, text_at(waiting, "reason") or "")
+    failed = object_at(entry, "state", "terminated").get("exitCode", 0) != 0
+    return ContainerView(text_at(entry, "name") or "", number, state, text_at(waiting, "reason") or "", failed)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Watch machine: pod logs
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 class LogWish(NamedTuple):
@@ -7873,6 +7941,7 @@ class Resumption(NamedTuple):
     uids: dict[str, str]  # cluster -> kube-system's uid
     followed: dict[str, str]  # cluster -> what stood behind its name when it was last followed
     past: Past
+    kept: dict[str, str]  # run_id -> the uid of the Job whose last lines were fetched
 
     def take_versions(self, name: str, followed: str) -> dict[Scope, tuple[str, str]]:
         """Return, once, where a cluster's watches go on; nowhere where something else stands behind its name now."""
@@ -7918,7 +7987,9 @@ def _resume(connection: sqlite3.Connection, log: logging.Logger) -> Resumption:
     }
     uids = dict(connection.execute("SELECT name, uid FROM clusters WHERE uid IS NOT NULL"))
     snapshot = Snapshot(objects, rows, tuple(versions), reserved)
-    return Resumption(snapshot, versions, uids, followed, past)
+    sql = "SELECT substr(key, ?), value FROM meta WHERE key GLOB ?"
+    kept = dict(connection.execute(sql, (len(KEPT_META) + 1, KEPT_META + "*")))
+    return Resumption(snapshot, versions, uids, followed, past, kept)
 
 
 def _past(connection: sqlite3.Connection, seq: int) -> Past:
@@ -9000,6 +9071,203 @@ def route_of(connection: Connection) -> Route:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Watcher: calls
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Receiver(Protocol):
+    """What takes a response in as it comes."""
+
+    def on_head(self, head: ResponseHead) -> None:
+        """Take in status and headers."""
+
+    def on_body(self, data: bytes) -> None:
+        """Take in some of the body."""
+
+    def on_end(self, error: str) -> None:
+        """Take in that it is over; `error` says why it is not whole, empty where it is."""
+
+
+class Origin(Protocol):
+    """A server that can be asked."""
+
+    reactor: Reactor
+    timing: Timing
+
+    def prepare(self, done: Callable[[FabrikError | None], None]) -> None:
+        """Find out how it is reached; `done` gets what is wrong with that, in the loop."""
+
+    def forget(self) -> None:
+        """Have the credentials resolved anew for what is asked next: they were refused."""
+
+    def connect(self, handler: StreamHandler) -> tuple[Stream, HttpClientCodec, str]:
+        """Return a new connection, and the path that leads every target; only after `prepare`."""
+
+    def headers(self) -> dict[str, str]:
+        """Return what a request says of us, with the credentials of this moment."""
+
+
+class Call(ClientHandler):
+    """One request. Credentials that are refused are resolved anew once; silence for too long ends it."""
+
+    def __init__(
+        self, origin: Origin, target: str, receiver: Receiver, *, body: bytes | None = None, endless: bool = False
+    ) -> None:
+        self._origin = origin
+        self._target = target
+        self._receiver = receiver
+        self._body = body  # None: a GET, else a POST
+        self._endless = endless  # what is asked for goes on: it may be silent for as long as it likes
+        self._stream: Stream | None = None
+        self._codec: HttpClientCodec | None = None
+        self._timer: Timer | None = None
+        self._renewed = self._over = self._may_be_silent = False
+        origin.prepare(self._on_prepared)
+
+    def cancel(self) -> None:
+        """Give up; nothing is told any more."""
+        self._over = True
+        self._hang_up()
+
+    def on_data(self, data: bytes) -> None:
+        """Take in bytes of the response; empty: the server ended the connection."""
+        codec = self._codec
+        if codec is None:
+            return
+        self._wait()
+        try:
+            for part in codec.receive(data):
+                self._take(part)
+                if self._codec is not codec:
+                    return
+        except ProtocolError as error:
+            self._end(error.message)
+            return
+        if not data:
+            self._end("the server closed the connection")
+
+    def on_error(self, error: str) -> None:
+        """Take in that the connection is lost, or never came to be."""
+        self._end(error)
+
+    def _on_prepared(self, error: FabrikError | None) -> None:
+        if self._over:
+            return
+        if error is not None:
+            self._end(str(error))
+            return
+        self._stream, self._codec, base = self._origin.connect(self)
+        target, headers = base + self._target, self._origin.headers()
+        if self._body is None:
+            self._stream.send(self._codec.send_get(target, headers, compressed=False))
+        else:
+            self._stream.send(self._codec.send_post(target, headers, self._body))
+        self._wait()
+
+    def _take(self, part: ResponsePart) -> None:
+        if isinstance(part, bytes):
+            self._receiver.on_body(part)
+        elif isinstance(part, ResponseEnd):
+            self._end("")
+        elif part.status == 401 and not self._renewed:
+            self._renewed = True
+            self._hang_up()
+            self._origin.forget()
+            self._origin.prepare(self._on_prepared)
+        else:
+            self._may_be_silent = self._endless and part.status == 200
+            self._wait()
+            self._receiver.on_head(part)
+
+    def _wait(self) -> None:
+        """Allow for so much silence from here on."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if not self._may_be_silent:
+            silence_s = self._origin.timing.answer
+            self._timer = self._origin.reactor.call_later(silence_s, lambda: self._end(f"silent for {silence_s:g} s"))
+
+    def _end(self, error: str) -> None:
+        if not self._over:
+            self.cancel()
+            self._receiver.on_end(error)
+
+    def _hang_up(self) -> None:
+        self._codec = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._stream is not None:
+            self._stream.close()
+
+
+class Got(NamedTuple):
+    """What came of a request: a whole response, or why there is none."""
+
+    head: ResponseHead | None
+    body: bytes
+    error: str
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether the response is what was asked for."""
+        return not self.error and self.head is not None and self.head.status in (200, 201)
+
+    @property
+    def status(self) -> int:
+        """The HTTP status of a whole response, else 0."""
+        return self.head.status if self.head is not None and not self.error else 0
+
+    @property
+    def complaint(self) -> str:
+        """What is wrong, in words for a person; empty where nothing is."""
+        if self.is_ok or self.head is None or self.error:
+            return self.error
+        return refusal_from_response(self.head, self.body).message
+
+    def document(self) -> JsonObject:
+        """Return the JSON object in the body, an empty one where there is none."""
+        return (parse_json(self.body.decode("utf-8", "replace")) or {}) if self.is_ok else {}
+
+
+class Collector:
+    """Collects a response whose body is of some size at most."""
+
+    def __init__(self, done: Callable[[Got], None], max_bytes: int) -> None:
+        self._done = done
+        self._max_bytes = max_bytes
+        self._head: ResponseHead | None = None
+        self._pieces: list[bytes] = []
+        self._bytes = 0
+        self.cancel: Callable[[], None] = lambda: None  # ends the call
+
+    def on_head(self, head: ResponseHead) -> None:
+        """Take in status and headers."""
+        self._head = head
+
+    def on_body(self, data: bytes) -> None:
+        """Take in some of the body."""
+        self._pieces.append(data)
+        self._bytes += len(data)
+        if self._bytes > self._max_bytes:
+            self.cancel()
+            self.on_end(f"an answer of over {self._max_bytes} bytes")
+
+    def on_end(self, error: str) -> None:
+        """Tell what came."""
+        self._done(Got(self._head, b"".join(self._pieces), error))
+
+
+def fetch(origin: Origin, target: str, done: Callable[[Got], None], max_bytes: int = ITEM_MAX_BYTES) -> Call:
+    """Ask for a path; `done` gets what came, in the loop."""
+    collector = Collector(done, max_bytes)
+    call = Call(origin, target, collector)
+    collector.cancel = call.cancel
+    return call
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Server: listeners
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -9869,6 +10137,7 @@ class Follower:
         self.clusters: dict[str, Cluster] = {}
         self.on_news: Callable[[list[Subscription]], None] = lambda subscriptions: None
         self.on_settled: Callable[[Cluster], None] = lambda cluster: None
+        self.on_changes: Callable[[Sequence[Change]], None] = lambda changes: None
 
     def on_event(self, scope: Scope, event: WatchEvent) -> None:
         """Take an object's event into the store; its type is ADDED, MODIFIED or DELETED."""
@@ -9979,11 +10248,193 @@ class Follower:
         self._cache.put([*commit_statements(commit), *also])
         if commit.changes:
             self.on_news(self._bus.publish(commit.changes))
+            self.on_changes(commit.changes)
 
 
 def progress_of(scope: Scope, resource_version: str, now: float) -> Progress:
     """Return how far a scope is followed now."""
     return Progress(scope, resource_version, format_time(now, milliseconds=True))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Daemon: kept logs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class ClusterOrigin:
+    """A cluster that is followed, to be asked for something else."""
+
+    def __init__(self, cluster: Cluster, reactor: Reactor, timing: Timing) -> None:
+        self.reactor = reactor
+        self.timing = timing
+        self._cluster = cluster
+
+    def prepare(self, done: Callable[[FabrikError | None], None]) -> None:
+        """Tell whether the cluster can be asked."""
+        error = None if self._cluster.is_connected else UnreachableError(f"{self._cluster.spec.name} is not connected")
+        self.reactor.call_soon(lambda: done(error))
+
+    def forget(self) -> None:
+        """Have the credentials resolved anew."""
+        self._cluster.renew()
+
+    def connect(self, handler: StreamHandler) -> tuple[Stream, HttpClientCodec, str]:
+        """Return a new connection, and the path that leads every target."""
+        return self._cluster.connect(handler)
+
+    def headers(self) -> dict[str, str]:
+        """Return what a request says of us."""
+        return self._cluster.headers()
+
+
+class LastLines:
+    """Fetches the last lines of the container that made a run fail, up to its end."""
+
+    def __init__(self, origin: Origin, run: Run, done: Callable[[list[ShowLine] | None, int], None]) -> None:
+        self._origin = origin
+        self._run = run
+        self._done = done  # gets the lines, or None and the HTTP status, 0 where there is no response
+        self._decoder = LogDecoder()
+        self._status = 0
+        self._name = ("", "")
+        self._lines: deque[LogLine] = deque(maxlen=KEPT_LINES)
+        self._timer: Timer | None = None
+        selector = urllib.parse.quote(f"metadata.name={run.pod_name}")
+        self._call = fetch(origin, f"{PODS.path(run.namespace)}?fieldSelector={selector}", self._on_pod)
+
+    def on_head(self, head: ResponseHead) -> None:
+        """Take in the status."""
+        self._status = head.status
+
+    def on_body(self, data: bytes) -> None:
+        """Take in some of the log."""
+        if self._status == 200:
+            self._lines.extend(self._decoder.receive(data))
+
+    def on_end(self, error: str) -> None:
+        """Tell what there was; of a log that broke off, what came."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._status == 200 and not error:
+            self._lines.extend(self._decoder.end())
+        if self._status != 200 or (error and not self._lines):
+            self._done(None, 0 if error else self._status)
+        else:
+            self._done([ShowLine(*self._name, line) for line in self._lines], self._status)
+
+    def cancel(self) -> None:
+        """Give up; nothing is told any more."""
+        self._call.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _on_pod(self, got: Got) -> None:
+        pods = [pod_view(item) for item in list_at(got.document(), "items")]
+        pods = [pod for pod in pods if pod.name == self._run.pod_name]
+        if not pods:
+            self._done(None, 404 if got.is_ok else got.status)
+            return
+        container = pods[0].culprit
+        self._name = pods[0].name, container
+        wanted = OpenLog(*self._name, previous=False, follow=True, tail=KEPT_LINES)  # it may still be about to end
+        target = f"{PODS.path(self._run.namespace)}/{urllib.parse.quote(pods[0].name, safe='')}/log?{wanted.query}"
+        self._call = Call(self._origin, f"{target}&limitBytes={KEPT_READ_BYTES}", self)
+        self._timer = self._origin.reactor.call_later(self._origin.timing.answer, self._stop_waiting)
+
+    def _stop_waiting(self) -> None:
+        self._call.cancel()
+        self.on_end("it goes on")
+
+
+class KeptLogs:
+    """Keeps the last lines of runs that fail, so that a failure can be read when the Pod is gone."""
+
+    def __init__(
+        self, reactor: Reactor, store: Store, timing: Timing, log: logging.Logger, kept: Mapping[str, str]
+    ) -> None:
+        self._reactor = reactor
+        self._store = store
+        self._timing = timing
+        self._log = log
+        self._kept = dict(kept)  # run_id -> the uid of the Job whose lines were fetched
+        self._queue: dict[str, int] = {}  # run_id -> how often it was tried
+        self._active: dict[str, LastLines] = {}
+        self._refused: set[str] = set()  # clusters that do not let us read logs
+        self.clusters: Mapping[str, Cluster] = {}
+        self.write: Callable[[Commit, Statement], None] = lambda commit, statement: None
+
+    def on_changes(self, changes: Iterable[Change]) -> None:
+        """Fetch what runs that fail printed last; what an end of the daemon prevented, when their cluster is back."""
+        for change in changes:
+            if change.type == "cluster:connected":
+                runs = [row for row in self._store.tables.rows(Run) if row.cluster == change.row.cluster]
+                for row in runs:
+                    self._consider(row)
+            elif change.type != "run:removed":
+                self._consider(change.row)
+
+    def stop(self) -> None:
+        """Fetch no more."""
+        self._queue.clear()
+        for fetching in self._active.values():
+            fetching.cancel()
+
+    def _consider(self, row: Row) -> None:
+        if not isinstance(row, Run) or row.status != FAILED or self._kept.get(row.run_id) == (row.job_uid or ""):
+            return
+        is_new = row.run_id not in self._active and row.run_id not in self._queue
+        if is_new and row.cluster not in self._refused and self._store.has_pod(row):
+            self._queue[row.run_id] = 0
+            self._reactor.call_soon(self._next)
+
+    def _next(self) -> None:
+        while self._queue and len(self._active) < KEPT_AT_ONCE:
+            run_id = next(iter(self._queue))
+            tries = self._queue.pop(run_id)
+            run = self._store.tables.run(run_id)
+            cluster = self.clusters.get(run.cluster) if run is not None else None
+            if run is not None and cluster is not None and run.cluster not in self._refused:
+                self._fetch(run, cluster, tries)
+
+    def _fetch(self, run: Run, cluster: Cluster, tries: int) -> None:
+        def done(lines: list[ShowLine] | None, status: int) -> None:
+            del self._active[run.run_id]
+            if lines is None and status == 403:
+                self._refuse(run.cluster)
+            elif lines is not None or status in (400, 404):  # no such Pod, or a container that never began
+                self._keep(run, lines or [])
+            elif tries + 1 < LOG_TRIES:
+                self._reactor.call_later(
+                    self._timing.backoff_max / LOG_TRIES, lambda: self._again(run.run_id, tries + 1)
+                )
+            self._reactor.call_soon(self._next)
+
+        self._active[run.run_id] = LastLines(ClusterOrigin(cluster, self._reactor, self._timing), run, done)
+
+    def _again(self, run_id: str, tries: int) -> None:
+        if run_id not in self._active:
+            self._queue.setdefault(run_id, tries)
+            self._next()
+
+    def _refuse(self, cluster: str) -> None:
+        if cluster not in self._refused:
+            self._refused.add(cluster)
+            told = (
+                "its Pods' logs may not be read, so the last lines of failed runs are not kept: grant get on pods/log"
+            )
+            self._log.warning("%s: %s, or set keepLogs: false", cluster, told)
+
+    def _keep(self, run: Run, lines: Sequence[ShowLine]) -> None:
+        self._kept[run.run_id] = run.job_uid or ""
+        said = [
+            (
+                {"pod": shown.pod, "container": shown.container, "line": clip(shown.line.text) or ""},
+                shown.line.time or None,
+            )
+            for shown in lines
+        ]
+        commit = self._store.keep_lines(run.run_id, said, time.time())
+        self.write(commit, set_meta(KEPT_META + run.run_id, run.job_uid or ""))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -10253,6 +10704,8 @@ class Daemon:
         self._manager = ServiceManager(os.environ, self._reactor, self._log)
         self._follower.on_news = self.server.wake
         self._follower.on_settled = self._on_settled
+        self._kept_logs = KeptLogs(self._reactor, self.store, settings.timing, self._log, self._resumption.kept)
+        self._kept_logs.clusters, self._kept_logs.write = self._follower.clusters, self._follower.take
         self.ring.wake = lambda subscriptions: self._reactor.call_soon(lambda: self.server.wake(subscriptions))
         self._once = False
         self._ready: Callable[[], None] | None = None
@@ -10270,6 +10723,8 @@ class Daemon:
         self._reactor.call_every(self.settings.timing.socket_check, self._keep_socket)
         self._reactor.call_every(self.settings.timing.files_check, self._check_files)
         self._reactor.watch_sleep(self.settings.timing.sleep, self._on_sleep)
+        if self.settings.keep_logs:
+            self._follower.on_changes = self._kept_logs.on_changes
         self._run(ready)
 
     def run_once(self) -> None:
@@ -10669,19 +11124,6 @@ def connect(settings: Settings, tell: Callable[[str], None] = lambda line: None)
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class Receiver(Protocol):
-    """What takes a response in as it comes."""
-
-    def on_head(self, head: ResponseHead) -> None:
-        """Take in status and headers."""
-
-    def on_body(self, data: bytes) -> None:
-        """Take in some of the body."""
-
-    def on_end(self, error: str) -> None:
-        """Take in that it is over; `error` says why it is not whole, empty where it is."""
-
-
 Resolve = Callable[[Callable[[Union[Connection, FabrikError]], None]], None]  # calls back with what it found
 
 
@@ -10706,18 +11148,18 @@ class Site:
         if len(self._waiting) == 1:
             self._resolve_anew(self._on_resolved)
 
-    def forget(self, route: Route) -> None:
-        """Have the credentials resolved anew for what is asked next: those of this route were refused."""
-        if self._route is route:
-            self._route = None
+    def forget(self) -> None:
+        """Have the credentials resolved anew for what is asked next: they were refused."""
+        self._route = None
 
-    def connect(self, handler: StreamHandler) -> tuple[Stream, Route]:
-        """Return a new connection to the API server, and how it goes; only after `prepare`."""
-        if self._route is None:
+    def connect(self, handler: StreamHandler) -> tuple[Stream, HttpClientCodec, str]:
+        """Return a new connection, and the path that leads every target; only after `prepare`."""
+        route = self._route
+        if route is None:
             raise UnreachableError(f"{self.spec.name}: its credentials are not resolved")
         stream = Stream(self.reactor, handler)
-        stream.connect(self._route, self.timing)
-        return stream, self._route
+        stream.connect(route, self.timing)
+        return stream, HttpClientCodec(route.endpoint.authority), route.endpoint.base
 
     def headers(self) -> dict[str, str]:
         """Return what a request says of us, with the credentials of this moment."""
@@ -10736,160 +11178,6 @@ class Site:
         waiting, self._waiting = self._waiting, []
         for done in waiting:
             done(error)
-
-
-class Call(ClientHandler):
-    """One request to a site. Credentials that are refused are resolved anew once; silence for too long ends it."""
-
-    def __init__(
-        self, site: Site, target: str, receiver: Receiver, *, body: bytes | None = None, endless: bool = False
-    ) -> None:
-        self._site = site
-        self._target = target
-        self._receiver = receiver
-        self._body = body  # None: a GET, else a POST
-        self._endless = endless  # what is asked for goes on: it may be silent for as long as it likes
-        self._stream: Stream | None = None
-        self._route: Route | None = None
-        self._codec: HttpClientCodec | None = None
-        self._timer: Timer | None = None
-        self._renewed = self._over = self._may_be_silent = False
-        site.prepare(self._on_prepared)
-
-    def cancel(self) -> None:
-        """Give up; nothing is told any more."""
-        self._over = True
-        self._hang_up()
-
-    def on_data(self, data: bytes) -> None:
-        """Take in bytes of the response; empty: the server ended the connection."""
-        codec = self._codec
-        if codec is None:
-            return
-        self._wait()
-        try:
-            for part in codec.receive(data):
-                self._take(part)
-                if self._codec is not codec:
-                    return
-        except ProtocolError as error:
-            self._end(error.message)
-            return
-        if not data:
-            self._end("the server closed the connection")
-
-    def on_error(self, error: str) -> None:
-        """Take in that the connection is lost, or never came to be."""
-        self._end(error)
-
-    def _on_prepared(self, error: FabrikError | None) -> None:
-        if self._over:
-            return
-        if error is not None:
-            self._end(str(error))
-            return
-        self._stream, self._route = self._site.connect(self)
-        self._codec = HttpClientCodec(self._route.endpoint.authority)
-        target, headers = self._route.endpoint.base + self._target, self._site.headers()
-        if self._body is None:
-            self._stream.send(self._codec.send_get(target, headers, compressed=False))
-        else:
-            self._stream.send(self._codec.send_post(target, headers, self._body))
-        self._wait()
-
-    def _take(self, part: ResponsePart) -> None:
-        if isinstance(part, bytes):
-            self._receiver.on_body(part)
-        elif isinstance(part, ResponseEnd):
-            self._end("")
-        elif part.status == 401 and not self._renewed and self._route is not None:
-            self._renewed = True
-            self._hang_up()
-            self._site.forget(self._route)
-            self._site.prepare(self._on_prepared)
-        else:
-            self._may_be_silent = self._endless and part.status == 200
-            self._wait()
-            self._receiver.on_head(part)
-
-    def _wait(self) -> None:
-        """Allow for so much silence from here on."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if not self._may_be_silent:
-            silence_s = self._site.timing.answer
-            self._timer = self._site.reactor.call_later(silence_s, lambda: self._end(f"silent for {silence_s:g} s"))
-
-    def _end(self, error: str) -> None:
-        if not self._over:
-            self.cancel()
-            self._receiver.on_end(error)
-
-    def _hang_up(self) -> None:
-        self._codec = None
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self._stream is not None:
-            self._stream.close()
-
-
-class Got(NamedTuple):
-    """What came of a request: a whole response, or why there is none."""
-
-    head: ResponseHead | None
-    body: bytes
-    error: str
-
-    @property
-    def is_ok(self) -> bool:
-        """Whether the response is what was asked for."""
-        return not self.error and self.head is not None and self.head.status in (200, 201)
-
-    @property
-    def status(self) -> int:
-        """The HTTP status of a whole response, else 0."""
-        return self.head.status if self.head is not None and not self.error else 0
-
-    @property
-    def complaint(self) -> str:
-        """What is wrong, in words for a person; empty where nothing is."""
-        if self.is_ok or self.head is None or self.error:
-            return self.error
-        return refusal_from_response(self.head, self.body).message
-
-    def document(self) -> JsonObject:
-        """Return the JSON object in the body, an empty one where there is none."""
-        return (parse_json(self.body.decode("utf-8", "replace")) or {}) if self.is_ok else {}
-
-
-class Collector:
-    """Collects a response whose body is of some size at most."""
-
-    def __init__(self, done: Callable[[Got], None], max_bytes: int) -> None:
-        self._done = done
-        self._max_bytes = max_bytes
-        self._head: ResponseHead | None = None
-        self._pieces: list[bytes] = []
-        self._bytes = 0
-        self.cancel: Callable[[], None] = lambda: None  # ends the call
-
-    def on_head(self, head: ResponseHead) -> None:
-        """Take in status and headers."""
-        self._head = head
-
-    def on_body(self, data: bytes) -> None:
-        """Take in some of the body."""
-        self._pieces.append(data)
-        self._bytes += len(data)
-        if self._bytes > self._max_bytes:
-            self.cancel()
-            self.on_end(f"an answer of over {self._max_bytes} bytes")
-
-    def on_end(self, error: str) -> None:
-        """Tell what came."""
-        self._done(Got(self._head, b"".join(self._pieces), error))
 
 
 class Direct:
@@ -10914,10 +11202,7 @@ class Direct:
     @staticmethod
     def get(site: Site, target: str, done: Callable[[Got], None], max_bytes: int = ITEM_MAX_BYTES) -> Call:
         """Ask for a path; `done` gets what came, in the loop."""
-        collector = Collector(done, max_bytes)
-        call = Call(site, target, collector)
-        collector.cancel = call.cancel
-        return call
+        return fetch(site, target, done, max_bytes)
 
     @staticmethod
     def post(site: Site, target: str, document: JsonObject, done: Callable[[Got], None]) -> Call:

@@ -3,12 +3,14 @@ after their end, from Loki or from what was kept."""
 
 from __future__ import annotations
 
+import json
+import re
 import threading
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 from fabrik_objects import NAMESPACE, job, pod, run_id, time_text
-from fakes import ModelServer
+from fakes import ModelServer, refusal
 from fakes_http import Access
 from harness import Cluster, wait_until
 from hosts import Host
@@ -179,3 +181,108 @@ def test_followed_over_a_lost_connection_a_restart_and_a_new_pod(scene: Scene, f
     assert "was restarted" in said
     assert f"was followed by {scene.name}" in said
     assert "gone" not in said
+
+
+# Kept -----------------------------------------------------------------------------------------------------------------
+
+
+def kept(scene: Scene) -> list[dict[str, Any]]:
+    """Return the lines that the cache has kept."""
+    return scene.host.rows("SELECT * FROM run_events WHERE event_type = 'log_line' ORDER BY id")
+
+
+def test_the_last_lines_of_a_failed_run_are_fetched_once_and_outlive_pod_and_daemon(scene: Scene) -> None:
+    scene.add_pod()
+    scene.host.start()
+    scene.prints(70, 1)
+    scene.ends(well=False)
+    wait_until(lambda: len(kept(scene)) == 50, PATIENCE_S, "fifty lines kept")
+    rows = kept(scene)
+    assert [json.loads(row["payload"])["line"] for row in rows] == scene.printed[-50:]
+    assert {row["run_id"] for row in rows} == {scene.id}
+    assert rows[0]["cluster_timestamp"] == SECOND.format(1) + "Z"
+    scene.host.settle()
+    scene.put_pod("Failed", ready=False)  # it changes once more
+    scene.host.settle()
+    scene.host.stop()
+    scene.host.start()
+    scene.server.delete("pods", NAMESPACE, scene.name)
+    scene.server.logs.forget(NAMESPACE, scene.name)
+    scene.host.settle()
+    assert len(scene.log_requests()) == 1
+    done = scene.host.cli("runs", "logs", scene.id, "--tail", "3")
+    assert (done.returncode, done.stdout.splitlines()) == (0, scene.printed[-3:])
+    assert "its Pod is gone; these are the last lines, kept when it failed" in done.stderr
+    assert [row["id"] for row in kept(scene)] == [row["id"] for row in rows]
+
+
+def test_what_the_daemon_could_not_keep_before_its_end_it_keeps_after_its_start(scene: Scene) -> None:
+    scene.add_pod()
+    scene.host.start()
+    scene.prints(3, 1)
+    scene.server.logs.refused = [refusal(503, "ServiceUnavailable", "not now")]
+    scene.ends(well=False)
+    wait_until(scene.log_requests, PATIENCE_S, "the log was asked for")
+    scene.host.stop()
+    assert kept(scene) == []
+    scene.host.start()
+    wait_until(lambda: len(kept(scene)) == 3, PATIENCE_S, "three lines kept")
+
+
+def test_a_container_that_fails_while_it_prints_is_kept_to_its_end(scene: Scene) -> None:
+    """FailureTarget comes before the Pod's end; what is said at last matters most."""
+    scene.add_pod()
+    scene.host.start()
+    scene.prints(60, 1)
+    scene.server.put("jobs", job(scene.run, conditions=["FailureTarget=DeadlineExceeded"]))
+    scene.wait_for_readers(1)
+    scene.prints(2, 2, text="terminated")
+    scene.server.logs.end(NAMESPACE, scene.name)
+    scene.server.delete("pods", NAMESPACE, scene.name)
+    wait_until(lambda: len(kept(scene)) == 50, PATIENCE_S, "fifty lines kept")
+    assert [json.loads(row["payload"])["line"] for row in kept(scene)] == scene.printed[-50:]
+
+
+def test_kept_lines_are_bounded_and_hostile_ones_change_nothing_else(scene: Scene) -> None:
+    scene.add_pod()
+    scene.host.start()
+    hostile = [b"x" * 300_000, b"\xff\xfe\x00 bad", b"\x1b]0;owned\x07 red", "ä\u202e".encode()]
+    scene.server.logs.write(NAMESPACE, scene.name, [(SECOND.format(1) + "Z", text) for text in hostile])
+    scene.ends(well=False)
+    wait_until(lambda: len(kept(scene)) == 4, PATIENCE_S, "four lines kept")
+    assert max(len(row["payload"]) for row in kept(scene)) < 5000
+    scene.server.logs.forget(NAMESPACE, scene.name)
+    scene.server.delete("pods", NAMESPACE, scene.name)
+    done = scene.host.cli("runs", "logs", scene.id)
+    assert done.returncode == 0
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", done.stdout)
+
+
+def test_nothing_is_kept_where_that_is_switched_off(scene: Scene) -> None:
+    config = scene.host.root / "config" / "config.yaml"
+    config.write_text(json.dumps({"timing": QUICK, "keepLogs": False}))
+    scene.add_pod()
+    scene.host.start()
+    scene.prints(3, 1)
+    scene.ends(well=False)
+    scene.host.settle()
+    scene.host.stop()
+    assert scene.log_requests() == []
+    assert kept(scene) == []
+
+
+def test_a_missing_right_is_told_once_and_watches_go_on(scene: Scene) -> None:
+    scene.add_pod()
+    scene.host.start()
+    forbidden = 'pods "x" is forbidden: User "fabrik-daemon" cannot get resource "pods/log" in API group ""'
+    scene.server.logs.refused = [refusal(403, "Forbidden", forbidden)] * 9
+    scene.ends(well=False)
+    wait_until(lambda: "grant get on pods/log" in scene.host.log, PATIENCE_S, "the right is named")
+    other = job(2)
+    scene.server.put("jobs", other)
+    scene.server.put("pods", pod(2, phase="Failed"))
+    scene.server.put("jobs", job(2, conditions=["Failed"]))
+    scene.host.settle()
+    scene.host.stop()
+    assert scene.host.log.count("grant get on pods/log") == 1
+    assert len(scene.log_requests()) == 1

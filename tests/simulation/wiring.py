@@ -282,7 +282,9 @@ class Simulated:
         self.watched = {spec.name: spec.namespaces for spec in specs}
         self.queue_lines = 10_000
         self.batch = 100
-        self.settings = fabrik_daemon.Settings("", "/sim/clusters.yaml", "/sim/cache.db", None, timing=timing)
+        self.settings = fabrik_daemon.Settings(
+            "", "/sim/clusters.yaml", "/sim/cache.db", None, timing=timing, keep_logs=False
+        )
         self.connection = sqlite3.connect(":memory:", isolation_level=None, factory=CrashingConnection)
         fabrik_daemon._migrate(self.connection, "the simulated cache")
         self.connection.execute("INSERT INTO meta (key, value) VALUES ('stream', 'simulated')")
