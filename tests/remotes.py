@@ -116,7 +116,7 @@ class RemoteHost(Host):
             return sock
         return self.tls.client_context().wrap_socket(sock, server_hostname="localhost")
 
-    def http(self, target: str, headers: Mapping[str, str] | None = None, *, method: str = "GET") -> Answer:
+    def get(self, target: str, headers: Mapping[str, str] | None = None, *, method: str = "GET") -> Answer:
         """Return the answer to a request on a connection of its own, with the token unless headers are given."""
         connection = self.http_connection()
         try:
