@@ -10232,7 +10232,10 @@ class Follower:
 
     def forget_cluster(self, name: str) -> None:
         """Note that a cluster is followed no more; its rows stay."""
-        self._rows.pop(name, None)
+        row = self._rows.pop(name, None)
+        if row is not None and row.connected:
+            gone = row._replace(connected=0, error="not configured")
+            self.take(self._store.announce("cluster:disconnected", gone, time.time()))
         self._synced.discard(name)
         self._stale.discard(name)
         self._cache.put([cluster_statement(name, {"connected": 0, "error": "not configured"})])

@@ -188,15 +188,18 @@ class Oracle:
                 raise Violation(f"{watcher.scope}: is at {version}, {age:.0f} s old, and the server was at {due}")
 
     def _check_readers(self, daemon: fabrik_daemon.Daemon) -> None:
+        connected = {name for name, cluster in daemon._follower.clusters.items() if cluster.is_connected}
         for reader in self._simulated.readers:
-            reader.read()
+            reader.read_all()
             known: dict[tuple[object, ...], JsonObject] = {}
             for kind in fabrik_daemon.TABLES.values():
-                for row in daemon.store.tables.rows(kind):
+                for row in daemon.store.tables.rows(kind) if reader.wanted.asks_for(kind) else ():
                     if reader.wanted.matches(row) and not (isinstance(row, fabrik_daemon.Volume) and row.deleted_at):
                         known[reader.key(row)] = row._asdict()
             if reader.rows != known:
                 raise Violation(f"a subscriber knows other rows: {_apart(reader.rows, known)}")
+            if reader.wanted == fabrik_daemon.Filter() and reader.connected != connected:
+                raise Violation(f"a subscriber takes {reader.connected} for connected, not {connected}")
 
 
 class Judge:

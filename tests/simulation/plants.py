@@ -138,12 +138,58 @@ def cut_off_is_whole() -> Replaced:
     return [(fabrik_daemon.Watcher, "_process", process)]
 
 
+def forgotten_crash() -> Replaced:
+    """Who was told what a crash took along is not told that it is void."""
+    real = fabrik_daemon.Bus.__init__
+
+    def begin(bus: Any, past: Any, rows: Any, held: Any) -> None:
+        real(bus, past._replace(upto=past.cursor.seq), rows, held)
+
+    return [(fabrik_daemon.Bus, "__init__", begin)]
+
+
+def forgotten_before() -> Replaced:
+    """The cache does not keep what a row was before a change: who comes back never hears that one left."""
+    return [(fabrik_daemon, "_before_text", lambda _change: None)]
+
+
+def gap_after_cache() -> Replaced:
+    """Who was given what only the cache holds goes on live, past what memory holds."""
+    return [(fabrik_daemon.Bus, "_after", lambda _bus, _wanted, _seq: iter(()))]
+
+
+def repeat_after_cache() -> Replaced:
+    """What memory holds is told from its beginning to one whom the cache told some of it."""
+    real = fabrik_daemon.Bus._after
+    return [(fabrik_daemon.Bus, "_after", lambda bus, wanted, seq: real(bus, wanted, min(seq, bus._history_after)))]
+
+
+def snapshot_too_new() -> Replaced:
+    """A snapshot is of the moment when it is read, while what follows begins earlier."""
+    real = fabrik_daemon.Bus._snapshot
+
+    def snapshot(bus: Any, wanted: Any) -> Iterator[bytes]:
+        yield from real(bus, wanted)
+
+    return [(fabrik_daemon.Bus, "_snapshot", snapshot)]
+
+
+def silent_loss() -> Replaced:
+    """What a subscriber did not read is dropped, and nobody says so."""
+
+    def lag(subscription: Any, _dropped: int | None) -> None:
+        subscription._queue.clear()
+
+    return [(fabrik_daemon.Subscription, "lag", lag)]
+
+
 PLANTS: Final[dict[str, Callable[[], Replaced]]] = {
     plant.__name__.replace("_", "-"): plant
     for plant in (
         *(dropped_bookmark, unordered_version, missing_delete, ignored_delete, version_first, old_page),
         *(expired_is_an_end, resumed_from_zero, ignored_uid, deaf_to_silence),
         *(reissued_seq, older_uid, cut_off_is_whole),
+        *(forgotten_crash, forgotten_before, gap_after_cache, repeat_after_cache, snapshot_too_new, silent_loss),
     )
 }
 

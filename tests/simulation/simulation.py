@@ -53,7 +53,10 @@ class Simulation:
         self.simulated = Simulated(self.world, specs, timing, page=chance.choice((2, 3, 5, 500)))
         self.simulated.batch = chance.choice((1, 5, 100))
         if chance.random() < 0.4:
-            self.simulated.queue_lines, self.simulated.reader_delays = 25, (200.0, 100.0)
+            self.simulated.queue_lines = 25
+            for reader in self.simulated.readers[:2]:
+                reader.delay = chance.choice((100.0, 200.0))
+        self.simulated.history = chance.choice((8, 40, 10_000))
         self.oracle = Oracle(self.simulated, self.servers)
         self.trouble = Trouble(self.world, self.simulated, self.servers)
         self.faults = 0
@@ -91,6 +94,8 @@ class Simulation:
                 world.at(chance.uniform(world.now + 20, calm_at), self._go_wrong)
         for _ in range(2):
             world.at(chance.uniform(world.now + 200, calm_at), self.oracle.check_database)
+        for reader in self.simulated.readers:
+            world.at(world.now + chance.uniform(20, 400), reader.restless)
         world.at(calm_at, self.trouble.calm)
         quiet_at = calm_at + 150
         world.at(quiet_at, self._quieten)

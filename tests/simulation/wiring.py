@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import random
 import sqlite3
 import time
@@ -11,6 +10,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Callable, Final, NoReturn
 
 import fabrik_daemon
+from simulation.readers import WANTED, Reader, SimServer
 from simulation.world import Crash, SimReactor, SimStream, Violation, World
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ class SimTime:
         if self.is_slow:
             self._world.now += 0.003
         return self._world.now
+
+    def monotonic_ns(self) -> int:
+        return int(self.monotonic() * 1e9)
 
     @staticmethod
     def sleep(_seconds: float) -> NoReturn:
@@ -114,6 +117,9 @@ class SimCache(fabrik_daemon.CacheThread):
             self._units.append(unit)
             self._schedule()
 
+    def held(self, seq: int) -> fabrik_daemon.Held:
+        return fabrik_daemon.CacheReader.held(self.simulation, seq)  # type: ignore[arg-type]  # it has a connection
+
     def close(self, timeout: float) -> bool:
         self._stopping = True
         while not self.is_dead and not self.is_idle:
@@ -187,89 +193,6 @@ class SimCredentials:
         self._world.at(self._world.now + delay, finish, self._reactor)
 
 
-class SimServer:
-    """Stands in for the daemon's socket server: simulated subscribers read what they are told."""
-
-    def __init__(self, reactor: SimReactor, *_parts: object) -> None:
-        self._reactor = reactor
-        self.readers: dict[fabrik_daemon.Subscription, Reader] = {}
-
-    def open(self, _path: str) -> None:
-        pass
-
-    keep = close = lambda self: None
-
-    def wake(self, subscriptions: Iterable[fabrik_daemon.Subscription]) -> None:
-        world = self._reactor.world
-        for subscription in subscriptions:
-            reader = self.readers.get(subscription)
-            if reader is not None and not reader.is_due:
-                reader.is_due = True
-                world.at(world.now + world.chance.uniform(0, reader.delay), reader.read, self._reactor)
-
-
-class Reader:
-    """A subscriber that knows the rows at first and keeps them up by what it is told."""
-
-    def __init__(
-        self, daemon: fabrik_daemon.Daemon, wanted: fabrik_daemon.Filter, delay: float, simulated: Simulated
-    ) -> None:
-        self.wanted = wanted
-        self.delay = delay
-        self.is_due = False
-        self.lagged = 0
-        self._simulated = simulated
-        knowledge = fabrik_daemon.DaemonKnowledge(daemon)
-        self.subscription = knowledge.subscribe(fabrik_daemon.Wish(wanted), {})
-        self.rows: dict[tuple[object, ...], JsonObject] = {}
-        for table, kind in fabrik_daemon.TABLES.items():
-            self._take_rows(table, (row._asdict() for row in knowledge.rows(kind, wanted)))
-
-    def read(self) -> None:
-        self.is_due = False
-        line = self.subscription.take()
-        while line is not None:
-            self._take(json.loads(line))
-            line = self.subscription.take()
-
-    def _take(self, told: JsonObject) -> None:
-        kind = told["type"]
-        if kind == "lagged":
-            self.lagged += 1
-            self.rows.clear()
-        elif kind == "snapshot":
-            for table in fabrik_daemon.TABLES:
-                self._take_rows(table, told[table])
-        elif kind not in ("subscribed", "seq") and not kind.startswith("cluster:"):
-            self._apply(kind, told)
-        if kind not in ("subscribed", "seq", "snapshot", "lagged"):
-            self._simulated.on_told(self, told["seq"])
-
-    def _apply(self, kind: str, told: JsonObject) -> None:
-        table = {"run": "runs", "schedule": "schedules", "volume": "volumes", "warning": "cluster_events"}
-        row, name = told["row"], table[kind.partition(":")[0]]
-        if name == "runs":
-            self._simulated.on_run(self.rows.get(_key(name, row)), row)
-        if told.get("left") or kind.endswith(":removed"):
-            self.rows.pop(_key(name, row), None)
-        else:
-            self._take_rows(name, [row])
-
-    @staticmethod
-    def key(row: fabrik_daemon.TableRow) -> tuple[object, ...]:
-        table = next(name for name, kind in fabrik_daemon.TABLES.items() if kind is type(row))
-        return _key(table, row._asdict())
-
-    def _take_rows(self, table: str, rows: Iterable[JsonObject]) -> None:
-        for row in rows:
-            if table != "volumes" or not row["deleted_at"]:  # one that was deleted is told as removed
-                self.rows[_key(table, row)] = row
-
-
-def _key(table: str, row: JsonObject) -> tuple[object, ...]:
-    return (table, row["run_id"]) if table == "runs" else (table, row["cluster"], row["namespace"], row["name"])
-
-
 class Simulated:
     """One daemon after the other over one database, each until it is stopped or crashes."""
 
@@ -280,7 +203,7 @@ class Simulated:
         self.specs = list(specs)
         self.page = page
         self.watched = {spec.name: spec.namespaces for spec in specs}
-        self.queue_lines = 10_000
+        self.queue_lines = self.history = 10_000
         self.batch = 100
         self.settings = fabrik_daemon.Settings(
             "", "/sim/clusters.yaml", "/sim/cache.db", None, timing=timing, keep_logs=False
@@ -294,9 +217,9 @@ class Simulated:
         self.plugin = "works"  # or fails, or hangs
         self.reactor = SimReactor(world)
         self.daemon: Any = None  # while one runs
-        self.readers: list[Reader] = []
-        self.reader_delays = (0.3, 0.3)
+        self.readers = [Reader(self, wanted) for wanted in WANTED]
         self.last_seq = 0  # ever told
+        self.is_ready = False
         self.connected_since: dict[str, float] = {}
         self.starts = 0
 
@@ -321,7 +244,9 @@ class Simulated:
         finally:
             self.connection.crash_in = None
             self.reactor.close()
-            self.readers, self.daemon = [], None
+            for reader in self.readers:
+                reader.subscription = None
+            self.daemon, self.is_ready = None, False
             self.connected_since.clear()
 
     def crash(self, how: str = "now") -> NoReturn:
@@ -331,17 +256,14 @@ class Simulated:
         raise Crash(how)
 
     def _on_ready(self) -> None:
-        some = fabrik_daemon.Filter(columns=(("status", frozenset(("running", "blocked", "unknown"))),))
-        for wanted, delay in zip((fabrik_daemon.Filter(), some), self.reader_delays):
-            reader = Reader(self.daemon, wanted, delay, self)
-            self.daemon._server.readers[reader.subscription] = reader
-            self.readers.append(reader)
-        self._told = dict.fromkeys(self.readers, self.last_seq)
+        self._began_at, self.is_ready = self.last_seq, True
+        for reader in self.readers:
+            reader.connect()
 
-    def on_told(self, reader: Reader, seq: int) -> None:
-        if seq <= self._told[reader]:
-            raise Violation(f"seq {seq} was told after {self._told[reader]}")
-        self._told[reader] = seq
+    def on_live(self, seq: int) -> None:
+        """What a daemon tells first has a number that none before it ever told."""
+        if seq <= self._began_at:
+            raise Violation(f"seq {seq} was told after {self._began_at} by a daemon before")
         self.last_seq = max(self.last_seq, seq)
 
     def on_run(self, before: JsonObject | None, row: JsonObject) -> None:
@@ -392,7 +314,10 @@ class Simulated:
             (fabrik_daemon, "SUBSCRIBER_QUEUE_LINES", self.queue_lines),
             (fabrik_daemon, "SNAPSHOT_ROWS", 7),
             (fabrik_daemon, "BATCH_OPERATIONS", self.batch),
-            (fabrik_daemon.Daemon, "_take_signals", lambda _daemon: None),
+            (fabrik_daemon, "HISTORY_EVENTS", self.history),
+            (fabrik_daemon, "HISTORY_LOADED", min(self.history, 1000)),
+            (fabrik_daemon, "REPLAYED_AT_ONCE", 5 if self.history < 1000 else 200),
+            (fabrik_daemon.ServiceManager, "attend", lambda _manager, _reload, _stop: None),
             (fabrik_daemon.Follower, "write_cluster", written),
         ]
         with replacing(replaced):
