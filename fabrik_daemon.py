@@ -69,6 +69,7 @@ Shell:
     Direct: logs          the logs of runs: from their Pods, from Loki, from what was kept
     Diagnosis             clusters test
     Services              service-templates/ -> units and manifests
+    Services: installing  the host's service managers: files and commands
     Services: demo server   an API server on loopback that plays a script
     Services: demo        scripted clusters, a daemon that follows them, and what is shown of it
     Commands: reading     one function per command
@@ -105,6 +106,7 @@ if TYPE_CHECKING:
     import errno
     import faulthandler
     import fcntl
+    import grp
     import gzip
     import hashlib
     import heapq
@@ -114,11 +116,14 @@ if TYPE_CHECKING:
     import itertools
     import logging
     import logging.handlers
+    import plistlib
+    import pwd
     import queue
     import random
     import resource
     import select
     import selectors
+    import shlex
     import shutil
     import signal
     import socket
@@ -137,6 +142,7 @@ if TYPE_CHECKING:
     import urllib.parse
     import urllib.request
     import uuid
+    import zipfile
     import zlib
     import zoneinfo
     from typing import Any, Callable, Final, NamedTuple, NoReturn, Protocol, TextIO, TypeVar, Union
@@ -210,6 +216,7 @@ else:
     errno = _Lazy("errno")
     faulthandler = _Lazy("faulthandler")
     fcntl = _Lazy("fcntl")
+    grp = _Lazy("grp")
     gzip = _Lazy("gzip")
     h11 = _Lazy("h11")  # HTTP/1.1
     hashlib = _Lazy("hashlib")
@@ -221,11 +228,14 @@ else:
     kubernetes = _Lazy("kubernetes")  # kubeconfigs: contexts, certificates, tokens, exec and OIDC plugins
     logging = _Lazy("logging.handlers")
     prometheus_client = _Lazy("prometheus_client")
+    plistlib = _Lazy("plistlib")
+    pwd = _Lazy("pwd")
     queue = _Lazy("queue")
     random = _Lazy("random")
     resource = _Lazy("resource")
     select = _Lazy("select")
     selectors = _Lazy("selectors")
+    shlex = _Lazy("shlex")
     shutil = _Lazy("shutil")
     signal = _Lazy("signal")
     socket = _Lazy("socket")
@@ -247,6 +257,7 @@ else:
     websocket = _Lazy("websocket")  # commands that ask a remote daemon
     wsproto = _Lazy("wsproto")
     yaml = _Lazy("yaml")  # config.yaml, clusters.yaml, kubeconfigs
+    zipfile = _Lazy("zipfile")
     zlib = _Lazy("zlib")
     zoneinfo = _Lazy("zoneinfo")
 
@@ -286,12 +297,15 @@ SKEW_MIN_S: Final = 2.0  # an HTTP Date has whole seconds: less than this is no 
 K3S_KUBECONFIG: Final = "/etc/rancher/k3s/k3s.yaml"
 IN_CLUSTER: Final = "in-cluster"  # in place of a kubeconfig's path: the Pod's service account
 PROTOCOL: Final = 1  # of requests and events; a change that old clients would misread raises it
+SYSTEM_SOCKET: Final = "/run/fabrik/daemon.sock"  # of the system service; root decides whose /run/fabrik is
 DEFAULT_SOCKET: Final = "/tmp/fabrik-daemon.sock"  # noqa: S108 - the spec's place, made safe by how it is bound
 SOCKET_PATH_BYTES: Final = 103  # sun_path holds 104 bytes on macOS, 108 on Linux, its end included
 CONNECTIONS_MAX: Final = 2000
 SUBSCRIPTIONS_MAX: Final = 32  # of one connection
 DESCRIPTORS: Final = 4096  # a thousand clients, five watches a namespace, and room
 LISTEN_BACKLOG: Final = 1024
+SO_PEERGROUPS: Final = 59  # Linux's; Python does not name it
+PEER_GROUPS_MAX: Final = 256
 FIRST_GIVEN_FD: Final = 3  # SD_LISTEN_FDS_START: behind stdin, stdout, stderr
 REMOTE_PORT: Final = 8080
 REMOTE_KUBECONFIG: Final = "/etc/fabrik/kubeconfig"  # a file, or a folder of them
@@ -399,6 +413,10 @@ class NotRunningError(FabrikError):
     """There is no daemon, or it ended meanwhile."""
 
     exit_code, http_status, code = 4, 503, "not_running"
+
+
+class ServiceError(FabrikError):
+    """The host's service manager could not be given the daemon."""
 
 
 class StartError(FabrikError):
@@ -1199,6 +1217,8 @@ class Settings(NamedTuple):
     metrics_listen: tuple[str, int] | None = None  # host and port; None: on the Unix socket alone
     remote: RemoteDaemon | None = None  # who is asked in place of this host's daemon
     exposure: Exposure | None = None  # how the daemon is reached over TCP; None: not at all
+    socket_group: str | None = None  # whose members may ask, besides the daemon's own user and root
+    is_cache_named: bool = False  # else the host's system service may answer as well
 
 
 class Flags(NamedTuple):
@@ -1212,7 +1232,10 @@ class Flags(NamedTuple):
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 LAOS_SERVICES: Final = ("loki", "alertmanager", "prometheus", "pushgateway")
 ALERT_WAYS: Final = ("off", "direct", "rules")  # direct: the daemon sends them; rules: Prometheus makes them
-_CONFIG_KEYS: Final = ("cache", "socket", "logLevel", "keepLogs", "statusSources", "timing", "laos", "metrics")
+_CONFIG_KEYS: Final = (
+    *("cache", "socket", "socketGroup", "logLevel", "keepLogs", "statusSources"),
+    *("timing", "laos", "metrics"),
+)
 _CLUSTER_KEYS: Final = (
     "name",
     "kubeconfig",
@@ -1261,6 +1284,8 @@ def settings_from(flags: Flags, environment: Mapping[str, str], read: Callable[[
         status_sources=values.get("statusSources", STATUS_SOURCES[:1]),
         laos=values.get("laos", Laos()),
         metrics_listen=values.get("metrics"),
+        socket_group=environment.get("FABRIK_SOCKET_GROUP") or values.get("socketGroup"),
+        is_cache_named=cache is not None,
     )
 
 
@@ -9309,7 +9334,7 @@ class Listener:
 
 
 class UnixListener:
-    """The listener at a path, which lets in its owner and root, and whose file it keeps there."""
+    """The listener at a path, which lets in its owner, root and a group, and whose file it keeps there."""
 
     def __init__(self, reactor: Reactor, admit: Callable[[socket.socket], None]) -> None:
         self._reactor = reactor
@@ -9317,28 +9342,36 @@ class UnixListener:
         self._listener: Listener | None = None
         self._path = ""
         self._inode = (0, 0)
+        self._group: int | None = None
 
-    def open(self, path: str) -> None:
-        """Listen at a path, in place of a stale socket. Raises SocketError."""
-        self._listener = Listener(self._reactor, bind_private(path), self._on_accept)
+    def open(self, path: str, group: str | None = None) -> None:
+        """Listen at a path, in place of a stale socket, for a group's members too. Raises SocketError."""
+        self._group = None if group is None else group_id(group)
+        self._bind(path)
+
+    def _bind(self, path: str) -> None:
+        self._listener = Listener(self._reactor, bind_private(path, self._group), self._on_accept)
         self._path = path
         found = os.stat(path)
         self._inode = found.st_dev, found.st_ino
 
     def adopt(self, listener: socket.socket) -> None:
-        """Listen on a socket whose file is the service manager's to keep and to take away."""
+        """Listen on a socket whose file is the service manager's, and so is the group that may write to it."""
+        found = os.stat(listener.getsockname())
+        self._group = found.st_gid if found.st_mode & stat.S_IWGRP else None
         self._listener = Listener(self._reactor, listener, self._on_accept)
 
     def keep(self) -> None:
         """Make the socket again where its file has vanished or is another's now. Raises SocketError."""
         if self._path and not self._is_in_place():
             self._close_listener()
-            self.open(self._path)
+            self._bind(self._path)
 
     def close(self) -> None:
         """Listen no more, and take the file away."""
         if self._is_in_place():
-            os.unlink(self._path)
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)
         self._close_listener()
 
     def _is_in_place(self) -> bool:
@@ -9354,7 +9387,7 @@ class UnixListener:
             self._listener = None
 
     def _on_accept(self, sock: socket.socket) -> None:
-        if peer_uid(sock) in (os.geteuid(), 0):
+        if peer_uid(sock) in (os.geteuid(), 0) or self._group in peer_groups(sock):
             self._admit(sock)
         else:
             sock.close()
@@ -9413,8 +9446,8 @@ def _check_links(folder: str) -> None:
         folder = os.path.dirname(folder)
 
 
-def bind_private(path: str) -> socket.socket:
-    """Return a listener for us alone: bound in a private folder, then renamed into place. Raises SocketError."""
+def bind_private(path: str, group: int | None = None) -> socket.socket:
+    """Return a listener for us, or us and a group: bound in a private folder, then put in place. Raises SocketError."""
     check_socket_path(path)
     _check_not_taken(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -9422,7 +9455,9 @@ def bind_private(path: str) -> socket.socket:
     try:
         folder = tempfile.mkdtemp(prefix=".f", dir=os.path.dirname(os.path.abspath(path)))  # 0700
         listener.bind(f"{folder}/s")
-        os.chmod(f"{folder}/s", 0o600)
+        if group is not None and os.stat(f"{folder}/s").st_gid != group:  # a service may be denied the very call
+            os.chown(f"{folder}/s", -1, group)
+        os.chmod(f"{folder}/s", 0o600 if group is None else 0o660)
         listener.listen(LISTEN_BACKLOG)
         listener.setblocking(False)
         os.rename(f"{folder}/s", path)
@@ -9459,6 +9494,26 @@ def peer_uid(sock: socket.socket) -> int:
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         return int(struct.unpack("3i", credentials)[1])
     return int(struct.unpack_from("II", sock.getsockopt(0, 1, 76))[1])  # SOL_LOCAL, LOCAL_PEERCRED: struct xucred
+
+
+def peer_groups(sock: socket.socket) -> set[int]:
+    """Return the groups of the process at the other end of a Unix socket; none where the system does not tell."""
+    if not hasattr(socket, "SO_PEERCRED"):
+        return set()
+    own = int(struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))[2])
+    try:
+        others = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 4 * PEER_GROUPS_MAX)
+    except OSError:
+        return {own}
+    return {own, *struct.unpack(f"{len(others) // 4}I", others)}
+
+
+def group_id(name: str) -> int:
+    """Return a group's number. Raises SocketError where there is no such group."""
+    try:
+        return int(grp.getgrnam(name).gr_gid)
+    except KeyError:
+        raise SocketError(f"no group {name!r}, to which the socket is to be open", "make it, or name another") from None
 
 
 _PRIVATE_SUFFIX: Final = "/.f12345678/s"
@@ -10467,7 +10522,7 @@ class ServiceManager:
             server.adopt(self._listener)
             return str(self._listener.getsockname())
         path = choose_socket(settings)
-        server.open(path)
+        server.open(path, settings.socket_group)
         return path
 
     def attend(self, reload: Callable[[], object], stop: Callable[[], None]) -> None:
@@ -11054,10 +11109,10 @@ def _client_context(remote: RemoteDaemon) -> ssl.SSLContext | None:
 class Client:
     """A connection to the daemon, which blocks; for commands."""
 
-    def __init__(self, sock: socket.socket, cache: str) -> None:
+    def __init__(self, sock: socket.socket, cache: str | None) -> None:
         self._socket = sock
         self._file = sock.makefile("rb")
-        self._cache = os.path.abspath(cache)
+        self._cache = None if cache is None else os.path.abspath(cache)
 
     def ask(self, action: str, **fields: Any) -> JsonObject:
         """Return the daemon's answer to one request. Raises RemoteError, or NotRunningError where it ends."""
@@ -11094,30 +11149,38 @@ class Client:
         self._socket.close()
 
 
-def connect(settings: Settings, tell: Callable[[str], None] = lambda line: None) -> Client | RemoteClient | None:
+def connect(
+    settings: Settings, tell: Callable[[str], None] = lambda line: None, *, own: bool = False
+) -> Client | RemoteClient | None:
     """Return a connection to the daemon, None where none answers; one of another user is never asked.
 
     A remote daemon answers, or it raises NotRunningError or RemoteError; `tell` gets what a person should know of a
-    connection that breaks and goes on.
+    connection that breaks and goes on. Where none of ours answers and it need not be our `own`, the host's system
+    service does, which has a cache of its own.
     """
     if settings.remote is not None:
         return RemoteClient(settings.remote, settings.timing, tell)
-    for path in socket_candidates(settings):
+    paths = socket_candidates(settings)
+    if not own and settings.socket is None and not settings.is_cache_named:
+        paths.append(SYSTEM_SOCKET)
+    for path in paths:
+        is_system = path == SYSTEM_SOCKET
         try:
             found = os.lstat(path)
+            users = {0, os.stat(os.path.dirname(path)).st_uid} if is_system else {0, os.geteuid()}
         except OSError:
             continue
-        if not stat.S_ISSOCK(found.st_mode) or found.st_uid not in (os.geteuid(), 0):
+        if not stat.S_ISSOCK(found.st_mode) or found.st_uid not in users:
             continue
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.settimeout(CLIENT_TIMEOUT_S)
         try:
             sock.connect(path)
-            trusted = peer_uid(sock) in (os.geteuid(), 0)
+            trusted = peer_uid(sock) in users
         except OSError:
             trusted = False
         if trusted:
-            return Client(sock, settings.cache)
+            return Client(sock, None if is_system and not settings.is_cache_named else settings.cache)
         sock.close()
     return None
 
@@ -11704,6 +11767,360 @@ def format_manifest(kind: str, chosen: Mapping[str, str]) -> str:
         if not value.isprintable():
             raise UsageError(f"--set {name}: {value!r} is not one line of text")
     return fill_template(manifest.template, {**manifest.defaults, **chosen})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Services: installing
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Installation(NamedTuple):
+    """What is to be installed, where, and what of this moment the service takes along."""
+
+    manager: str  # one of MANAGERS
+    system: bool  # the host's, with a user of its own; else its user's
+    on_demand: bool  # systemd listens, and starts it for the first who asks
+    root: str  # put before every path, for an image; empty: this host
+    home: str
+    program: str  # the executable's place after installing
+    command: tuple[str, ...]  # that starts it: interpreter and program, both absolute
+    environment: Mapping[str, str]
+    socket: str  # what systemd listens on
+    crash_file: str  # launchd: where last words go
+
+    @property
+    def unit(self) -> str:
+        """The unit that is enabled."""
+        return "fabrik-daemon.socket" if self.on_demand else "fabrik-daemon.service"
+
+    @property
+    def main_file(self) -> str:
+        """The path of the file that describes the service."""
+        return self.files()[-1].path
+
+    def files(self) -> list[ServiceFile]:
+        """Return the files that make the service, the one that describes it last."""
+        if self.manager == "launchd":
+            path = f"{self.home}/Library/LaunchAgents/fabrik.daemon.plist"
+            return [ServiceFile(path, launchd_plist(self), 0o644)]
+        if self.manager == "openrc":
+            return [ServiceFile("/etc/init.d/fabrik-daemon", openrc_script(self).encode(), 0o755)]
+        folder = "/etc/systemd/system" if self.system else f"{self.home}/.config/systemd/user"
+        files = []
+        if self.system:
+            users = fill_template("fabrik-daemon.sysusers", {})
+            files.append(ServiceFile("/etc/sysusers.d/fabrik-daemon.conf", users.encode(), 0o644))
+        if self.on_demand:
+            group = {"mode": "0660", "group": "SocketGroup=fabrik"} if self.system else {"mode": "0600", "group": ""}
+            socket_unit = fill_template("fabrik-daemon.socket", {"socket": _specifiers(self.socket), **group})
+            files.append(ServiceFile(f"{folder}/fabrik-daemon.socket", socket_unit.encode(), 0o644))
+        # A proxy's password may stand in a user's; a system unit is told to everybody whatever its mode.
+        mode = 0o644 if self.system else 0o600
+        return [*files, ServiceFile(f"{folder}/fabrik-daemon.service", systemd_unit(self).encode(), mode)]
+
+
+class ServiceFile(NamedTuple):
+    """A file of a service."""
+
+    path: str
+    content: bytes
+    mode: int
+
+
+MANAGERS: Final = ("systemd", "launchd", "openrc")
+# What exec plugins and the kubernetes client take from the environment: places and names of profiles, never secrets.
+SERVICE_VARIABLES: Final = (
+    *("PATH", "KUBECONFIG", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"),
+    *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy"),
+    *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE"),
+    *("AWS_PROFILE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_REGION", "AWS_DEFAULT_REGION"),
+    *("AZURE_CONFIG_DIR", "CLOUDSDK_CONFIG", "CLOUDSDK_ACTIVE_CONFIG_NAME", "GOOGLE_APPLICATION_CREDENTIALS"),
+)
+_HOMES: Final = ("/home/", "/root/", "/run/user/")  # what ProtectHome hides
+
+
+def manager_of_host() -> str:
+    """Return which service manager runs this host. Raises ServiceError where none of MANAGERS does."""
+    if sys.platform == "darwin":
+        return "launchd"
+    if os.path.isdir("/run/systemd/system"):  # sd_booted(3)
+        return "systemd"
+    if os.path.isdir("/run/openrc"):
+        return "openrc"
+    raise ServiceError("neither systemd, launchd nor OpenRC runs this host", "--manager names the one to install for")
+
+
+def service_environment(environment: Mapping[str, str], *, system: bool) -> tuple[dict[str, str], list[str]]:
+    """Return what a service keeps of the environment, and notes on what it does not.
+
+    Of paths only the absolute are kept, and of a system service's only those outside homes, which it cannot see.
+    """
+    kept: dict[str, str] = {}
+    notes: list[str] = []
+    for name in SERVICE_VARIABLES:
+        value = environment.get(name, "")
+        if name in ("PATH", "KUBECONFIG"):
+            parts = value.split(os.pathsep)
+            if name == "KUBECONFIG":
+                parts = [os.path.abspath(expand_home(part, environment)) for part in parts if part]
+            hidden = [part for part in parts if system and f"{part}/".startswith(_HOMES)]
+            if hidden and name == "KUBECONFIG":
+                notes.append(f"the service cannot read {', '.join(hidden)}: put a copy into /etc/fabrik/daemon")
+            parts = [part for part in parts if part.startswith("/") and part not in hidden]
+            value = os.pathsep.join(dict.fromkeys(parts))
+        elif system and f"{value}/".startswith(_HOMES):
+            continue
+        if value:
+            kept[name] = value
+        if system and "proxy" in name.lower() and "@" in value:
+            notes.append(f"everybody on this host can read the password in {name}")
+    for name, value in kept.items():
+        if not value.isprintable():
+            raise UsageError(f"{name} is not one line of text", "set it anew, or unset it")
+    return kept, notes
+
+
+def service_command(program: str, *, system: bool) -> tuple[str, ...]:
+    """Return interpreter and program of the service: the executable's copy, else what runs now. Raises ServiceError.
+
+    The executable needs nothing of a virtual environment, which may go.
+    """
+    source = os.path.realpath(sys.argv[0])
+    if not zipfile.is_zipfile(source):
+        return sys.executable, source
+    interpreter = os.path.abspath(getattr(sys, "_base_executable", sys.executable))
+    if system and interpreter.startswith(_HOMES):
+        hint = f"run this with the system's own, as in: /usr/bin/python3 {sys.argv[0]} install-service --system"
+        raise ServiceError(f"the service's user cannot run {interpreter}", hint)
+    return interpreter, program
+
+
+def systemd_unit(installation: Installation) -> str:
+    """Return the service unit."""
+    name = "fabrik-daemon-system.service" if installation.system else "fabrik-daemon.service"
+    environment = [f"Environment={_systemd_word(f'{key}={value}')}" for key, value in installation.environment.items()]
+    interpreter, *words = map(_systemd_word, installation.command)
+    command = [interpreter, *(word.replace("$", "$$") for word in words)]  # no variable is looked for in the first
+    return fill_template(name, {"command": " ".join(command), "environment": "\n".join(environment) or "# (nothing)"})
+
+
+def openrc_script(installation: Installation) -> str:
+    """Return the OpenRC service script."""
+    words = [*installation.command, "start", "--foreground"]
+    exports = [f"export {key}={shlex.quote(value)}" for key, value in installation.environment.items()]
+    values = {
+        "interpreter": shlex.quote(words[0]),
+        "arguments": shlex.quote(" ".join(shlex.quote(word) for word in words[1:])),
+        "environment": "\n".join(exports) or "# (nothing)",
+    }
+    return fill_template("fabrik-daemon.openrc", values)
+
+
+def launchd_plist(installation: Installation) -> bytes:
+    """Return the launchd agent: once it is ready, last words alone reach the file for them."""
+    agent = plistlib.loads(fill_template("fabrik.daemon.plist", {}).encode())
+    agent["ProgramArguments"] = [*installation.command, *agent["ProgramArguments"]]
+    agent["EnvironmentVariables"] = dict(installation.environment)
+    agent["StandardErrorPath"] = installation.crash_file
+    return plistlib.dumps(agent, sort_keys=False)
+
+
+def _systemd_word(text: str) -> str:
+    """Return a word in a unit's quotes, as systemd.syntax(7) has it."""
+    quoted = _specifiers(text).replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{quoted}"'
+
+
+def _specifiers(text: str) -> str:
+    return text.replace("%", "%%")
+
+
+class Installer:
+    """Does what an installation takes, or only tells it, a line for each step."""
+
+    def __init__(self, installation: Installation, tell: Callable[[str], None], *, dry_run: bool) -> None:
+        self._service = installation
+        self._tell = tell
+        self._dry_run = dry_run
+        self._changed = False
+
+    def install(self, stop_other: Callable[[], None] | None) -> None:
+        """Put the files in place and enable the service. Raises ServiceError.
+
+        With `stop_other`, which ends a daemon that was started by hand, the service is also started now.
+        """
+        service = self._service
+        self._copy_program()
+        for file in service.files():
+            self._write(file)
+        if service.system:
+            self._make_user()
+            self._make_configuration()
+        if service.manager == "launchd":
+            self._make_folder(os.path.dirname(service.crash_file))
+        elif service.manager == "openrc":
+            self._run("rc-update", "add", "fabrik-daemon", "default")
+        else:
+            if not service.root:
+                self._systemctl("daemon-reload")
+            self._systemctl("enable", service.unit)
+        if stop_other is not None:
+            if not self._is_running():
+                self._step("a daemon that was started by hand is ended", "end a daemon that was started by hand")
+                if not self._dry_run:
+                    stop_other()
+            self._start()
+
+    def uninstall(self) -> None:
+        """End the service and take its files away; settings, cache and executable stay. Raises ServiceError."""
+        service = self._service._replace(on_demand=self._service.manager == "systemd")
+        found = [file.path for file in service.files() if os.path.exists(self._at(file.path))]
+        if not found:
+            self._tell("nothing is installed")
+            return
+        if service.manager == "launchd":
+            self._run("launchctl", "bootout", self._agent(), may_fail=True)
+        elif service.manager == "openrc":
+            self._run("rc-service", "--ifstarted", "fabrik-daemon", "stop")
+            self._run("rc-update", "delete", "fabrik-daemon", "default", may_fail=True)
+        else:
+            units = [os.path.basename(path) for path in found if path.endswith((".socket", ".service"))]
+            self._systemctl("disable", *(() if service.root else ("--now",)), *units)
+        for path in found:
+            self._step(f"removed {self._at(path)}", f"remove {self._at(path)}")
+            if not self._dry_run:
+                os.unlink(self._at(path))
+        if service.manager == "systemd" and not service.root:
+            self._systemctl("daemon-reload")
+
+    def _copy_program(self) -> None:
+        """Copy the executable, where it is one and does not stand there already."""
+        source = os.path.realpath(sys.argv[0])
+        if self._service.program in self._service.command and os.path.realpath(self._service.program) != source:
+            with open(source, "rb") as file:
+                self._write(ServiceFile(self._service.program, file.read(), 0o755))
+
+    def _write(self, file: ServiceFile) -> None:
+        """Write a file whole or not at all, where it is not so already."""
+        path = self._at(file.path)
+        try:
+            with open(path, "rb") as old:
+                same = old.read() == file.content and os.stat(path).st_mode & 0o777 == file.mode
+        except OSError:
+            same = False
+        if same:
+            self._step(f"{path} is as it should be", f"leave {path} as it is")
+            return
+        self._changed = True
+        self._step(f"wrote {path}", f"write {path}")
+        if self._dry_run:
+            return
+        self._make_folder(os.path.dirname(file.path))
+        try:
+            handle, name = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".fabrik-")
+            with open(handle, "wb") as new:
+                os.fchmod(handle, file.mode)
+                new.write(file.content)
+            os.replace(name, path)
+        except OSError as error:
+            raise ServiceError(f"{path}: {error.strerror}") from None
+
+    def _make_folder(self, folder: str) -> None:
+        try:
+            if not self._dry_run:
+                os.makedirs(self._at(folder), mode=0o755 if self._service.system else 0o700, exist_ok=True)
+        except OSError as error:
+            raise ServiceError(f"{self._at(folder)}: {error.strerror}") from None
+
+    def _make_user(self) -> None:
+        if self._service.manager == "systemd":
+            root = (f"--root={self._service.root}",) if self._service.root else ()
+            self._run("systemd-sysusers", *root, "fabrik-daemon.conf")
+        elif user_id("fabrik") is None and shutil.which("useradd"):
+            home = ("--home-dir", "/var/lib/fabrik", "--shell", "/sbin/nologin")
+            self._run("useradd", "--system", "--user-group", *home, "fabrik")
+        elif user_id("fabrik") is None:  # busybox's
+            self._run("addgroup", "-S", "fabrik")
+            self._run(
+                "adduser", "-S", "-D", "-H", "-h", "/var/lib/fabrik", "-s", "/sbin/nologin", "-G", "fabrik", "fabrik"
+            )
+
+    def _make_configuration(self) -> None:
+        """Make settings where there are none: root's, for the service's group to read, as is what replaces them."""
+        for name, text in _FIRST_SETTINGS.items():
+            path = f"/etc/fabrik/daemon/{name}"
+            if not os.path.exists(self._at(path)):
+                self._write(ServiceFile(path, text.encode(), 0o640))
+                if not self._dry_run and not self._service.root:
+                    os.chown(path, 0, group_id("fabrik"))
+
+    def _is_running(self) -> bool:
+        if self._service.manager == "launchd":
+            return self._call("launchctl", "print", self._agent()).returncode == 0
+        if self._service.manager == "openrc":
+            return self._call("rc-service", "fabrik-daemon", "status").returncode == 0
+        scope = () if self._service.system else ("--user",)
+        return self._call("systemctl", *scope, "is-active", "--quiet", self._service.unit).returncode == 0
+
+    def _start(self) -> None:
+        """Have the service run what is installed now; what runs already and has not changed goes on."""
+        if self._service.manager == "openrc":
+            self._run("rc-service", "fabrik-daemon", "restart" if self._changed else "start")
+        elif self._service.manager == "launchd":
+            if self._changed:
+                self._run("launchctl", "bootout", self._agent(), may_fail=True)
+            self._run("launchctl", "enable", self._agent())
+            domain = self._agent().rpartition("/")[0]
+            self._run("launchctl", "bootstrap", domain, self._service.main_file, may_fail=not self._changed)
+        else:
+            if self._changed and self._service.on_demand:
+                self._systemctl("stop", "fabrik-daemon.service")  # a socket is not made anew under its service
+            self._systemctl("restart" if self._changed else "start", self._service.unit)
+
+    def _systemctl(self, *words: str) -> None:
+        place = () if self._service.system else ("--user",)
+        self._run("systemctl", *place, *((f"--root={self._service.root}",) if self._service.root else ()), *words)
+
+    def _run(self, *words: str, may_fail: bool = False) -> None:
+        line = " ".join(shlex.quote(word) for word in words)
+        self._step(f"ran {line}", f"run {line}")
+        if self._dry_run:
+            return
+        done = self._call(*words)
+        if done.returncode and not may_fail:
+            said = (done.stderr or done.stdout).decode("utf-8", "replace").strip().splitlines()
+            raise ServiceError(f"{line}: {said[-1] if said else f'exit code {done.returncode}'}")
+
+    @staticmethod
+    def _call(*words: str) -> subprocess.CompletedProcess[bytes]:
+        try:
+            return subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        except OSError as error:
+            raise ServiceError(f"{words[0]}: {error.strerror}") from None
+
+    def _step(self, done: str, would: str) -> None:
+        self._tell(f"would {would}" if self._dry_run else done)
+
+    def _at(self, path: str) -> str:
+        return self._service.root + path
+
+    @staticmethod
+    def _agent() -> str:
+        return f"gui/{os.getuid()}/fabrik.daemon"
+
+
+def user_id(name: str) -> int | None:
+    """Return a user's number, None where there is no such user."""
+    try:
+        return int(pwd.getpwnam(name).pw_uid)
+    except KeyError:
+        return None
+
+
+_FIRST_SETTINGS: Final = {
+    "config.yaml": "# logLevel, timing and the like; where cache and socket are is the service's affair\n",
+    "clusters.yaml": "clusters: []\n",
+}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -12547,7 +12964,7 @@ def start(context: Context, arguments: argparse.Namespace) -> int:
     if words:
         context.warn("the last daemon died; its last words:")
         context.errors.write(safe_lines(words))
-    client = connect(context.settings)
+    client = connect(context.settings, own=True)
     verb = "runs already" if client else "started"
     if client is None:
         client = _start_in_background(context)
@@ -12573,7 +12990,7 @@ def _exposed(context: Context, arguments: argparse.Namespace) -> Context:
 def stop(context: Context, arguments: argparse.Namespace) -> int:
     """End the daemon, and wait until it has."""
     del arguments
-    client = connect(context.settings)
+    client = connect(context.settings, own=True)
     if client is None:
         raise NotRunningError("the daemon is not running", "there is nothing to stop")
     client.ask("shutdown")
@@ -12595,7 +13012,7 @@ def restart(context: Context, arguments: argparse.Namespace) -> int:
 def reload(context: Context, arguments: argparse.Namespace) -> int:
     """Have the daemon read clusters.yaml and kubeconfigs again."""
     del arguments
-    client = _running(context)
+    client = _running(context, own=True)
     reply = client.ask("reload")
     told = [f"{what} {', '.join(reply[what])}" for what in ("added", "changed", "removed") if reply.get(what)]
     context.out.write(f"reloaded: {safe_text('; '.join(told) or 'nothing changed')}\n")
@@ -12762,15 +13179,15 @@ def clusters_remove(context: Context, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _running(context: Context) -> Client | RemoteClient:
-    client = connect(context.settings, context.warn)
+def _running(context: Context, *, own: bool = False) -> Client | RemoteClient:
+    client = connect(context.settings, context.warn, own=own)
     if client is None:
         raise NotRunningError("the daemon is not running", "run 'fabrik-daemon start'")
     return client
 
 
 def _reload_if_running(context: Context) -> None:
-    client = connect(context.settings)
+    client = connect(context.settings, own=True)
     if client is not None:
         try:
             client.ask("reload")
@@ -12798,7 +13215,7 @@ def _start_in_background(context: Context) -> Client | RemoteClient:
     words = process.stderr.read().decode("utf-8", "replace") if process.stderr is not None else ""  # until it detaches
     ends_at = time.monotonic() + CLIENT_TIMEOUT_S
     while time.monotonic() < ends_at:
-        client = connect(settings)
+        client = connect(settings, own=True)
         if client is not None:
             return client
         if process.poll() is not None and not is_kept_up(settings.cache):
@@ -12850,6 +13267,100 @@ def _write_clusters(settings: Settings, clusters: Sequence[ClusterSpec]) -> None
 # ----------------------------------------------------------------------------------------------------------------------
 # Commands: installing
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def install_service(context: Context, arguments: argparse.Namespace) -> int:
+    """Have the host's service manager start the daemon."""
+    installation, notes = _installation(context, arguments)
+    if arguments.print:
+        context.out.write(installation.files()[-1].content.decode())
+        return 0
+    for note in notes:
+        context.warn(note)
+    _check_rights(arguments)
+    installer = Installer(installation, lambda line: _tell(context, line), dry_run=arguments.dry_run)
+    installer.install((lambda: _end_daemon(context)) if arguments.now else None)
+    for hint in _hints(installation, now=arguments.now):
+        _tell(context, hint)
+    return 0
+
+
+def uninstall_service(context: Context, arguments: argparse.Namespace) -> int:
+    """Take the service away again; settings, cache and executable stay."""
+    arguments.on_demand, arguments.env = False, []
+    installation, _ = _installation(context, arguments)
+    _check_rights(arguments)
+    Installer(installation, lambda line: _tell(context, line), dry_run=arguments.dry_run).uninstall()
+    return 0
+
+
+def _tell(context: Context, line: str) -> None:
+    context.out.write(f"{safe_text(line)}\n")
+
+
+def _installation(context: Context, arguments: argparse.Namespace) -> tuple[Installation, list[str]]:
+    """Return what the arguments and this moment make of a service, and notes on what it lacks. Raises UsageError."""
+    manager = arguments.manager or manager_of_host()
+    if manager == "launchd" and arguments.system:
+        raise UsageError("launchd starts it as an agent of its user", "leave out --system")
+    if manager == "openrc" and not arguments.system:
+        raise UsageError("OpenRC's services are the system's", "say --system, as root")
+    if arguments.root and not arguments.system:
+        raise UsageError("--root is for the system's service", "say --system too")
+    if arguments.on_demand and manager != "systemd":
+        raise UsageError("--on-demand is systemd's", "leave it out")
+    home = os.path.abspath(expand_home("~", context.environment))
+    settings, system = context.settings, arguments.system
+    environment, notes = service_environment(context.environment, system=system)
+    if not system:
+        environment.update(FABRIK_CONFIG=os.path.abspath(settings.config), FABRIK_CACHE=settings.cache)
+        environment.update({"FABRIK_SOCKET": settings.socket} if settings.socket else {})
+    environment.update(dict(arguments.env))
+    program = "/usr/local/bin/fabrik-daemon" if system else f"{home}/.local/bin/fabrik-daemon"
+    own_socket = choose_socket(settings) if arguments.on_demand and not system else SYSTEM_SOCKET
+    return Installation(
+        manager=manager,
+        system=system,
+        on_demand=arguments.on_demand,
+        root=os.path.abspath(arguments.root).rstrip("/") if arguments.root else "",
+        home=home,
+        program=program,
+        command=service_command(program, system=system),
+        environment=environment,
+        socket=own_socket,
+        crash_file=crash_path(settings.cache),
+    ), notes
+
+
+def _check_rights(arguments: argparse.Namespace) -> None:
+    if arguments.system and not arguments.root and not arguments.dry_run and os.geteuid() != 0:
+        raise UsageError("a service of the system needs root", "run it with sudo, or leave out --system")
+
+
+def _end_daemon(context: Context) -> None:
+    client = connect(context.settings, own=True)
+    if client is not None:
+        client.ask("shutdown")
+        client.wait_for_end()
+
+
+def _hints(installation: Installation, *, now: bool) -> Iterator[str]:
+    """Yield what there is left to do."""
+    if installation.manager == "systemd" and not installation.system:
+        lingering = [entry.pw_name for entry in pwd.getpwall() if entry.pw_uid == os.getuid()]
+        if not any(os.path.exists(f"/var/lib/systemd/linger/{name}") for name in lingering):
+            yield "it runs while you are logged in; for it to start with the host: loginctl enable-linger"
+    if installation.system and not installation.root:
+        yield "clusters are told with: fabrik-daemon --config /etc/fabrik/daemon/config.yaml clusters add ..."
+        yield "who may ask it: members of the group fabrik, for instance: usermod --append --groups fabrik NAME"
+    if not now and not installation.root:
+        starts = {
+            "systemd": f"systemctl {'' if installation.system else '--user '}restart {installation.unit}",
+            "launchd": f"launchctl load {installation.main_file}",
+            "openrc": "rc-service fabrik-daemon restart",
+        }
+        moment = "boot" if installation.system else "login"
+        yield f"it starts with the next {moment}, or now: {starts[installation.manager]}"
 
 
 def manifests(context: Context, arguments: argparse.Namespace) -> int:
@@ -12996,6 +13507,28 @@ def _manifests_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _service_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--system", action="store_true", help="the host's, with a user of its own, instead of yours")
+    parser.add_argument("--manager", choices=MANAGERS, help="instead of the one that runs this host")
+    parser.add_argument("--root", metavar="DIR", help="with --system: below this folder, for an image")
+    parser.add_argument("--dry-run", action="store_true", help="tell every step, and do none")
+
+
+def _install_arguments(parser: argparse.ArgumentParser) -> None:
+    _service_arguments(parser)
+    parser.add_argument("--now", action="store_true", help="start it too, or restart it where something has changed")
+    parser.add_argument("--on-demand", action="store_true", help="systemd: start it for the first who asks its socket")
+    parser.add_argument("--print", action="store_true", help="print the unit, and do nothing")
+    parser.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        type=_assignment,
+        metavar="NAME=VALUE",
+        help="in the service's environment",
+    )
+
+
 def _assignment(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals:
@@ -13115,6 +13648,25 @@ COMMANDS: Final = (
         ("query \"SELECT run_id, status FROM runs WHERE status = 'blocked'\"",),
         _query_arguments,
         query,
+    ),
+    Command(
+        "install-service",
+        "have the host start the daemon: systemd, launchd, OpenRC",
+        (
+            "install-service --now",
+            "install-service --print",
+            "install-service --system --dry-run",
+            "install-service --env AWS_PROFILE=prod",
+        ),
+        _install_arguments,
+        install_service,
+    ),
+    Command(
+        "uninstall-service",
+        "take that away; settings and cache stay",
+        ("uninstall-service", "uninstall-service --system"),
+        _service_arguments,
+        uninstall_service,
     ),
     Command(
         "manifests",
