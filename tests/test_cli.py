@@ -93,7 +93,7 @@ def test_help_of_a_group(group: str, shell: Shell) -> None:
     done = shell.run(group, "--help")
     assert (done.code, done.stderr) == (0, "")
     for command in COMMANDS:
-        assert (f"{command.words} " in done.stdout) == command.words.startswith(f"{group} ")
+        assert (f"  {command.words} " in done.stdout) == command.words.startswith(f"{group} ")
 
 
 MISTAKES: Final = {
