@@ -68,6 +68,16 @@ Shell:
     Direct                what asks an API server at once, in a loop of its own
     Direct: logs          the logs of runs: from their Pods, from Loki, from what was kept
     Diagnosis             clusters test
+    Dashboard: palettes   roles of texts -> colours, for every kind of terminal
+    Dashboard: columns    what the columns of its lists show, and how they sort
+    Dashboard: model      the rows known, filtered, sorted and counted
+    Dashboard: pages      lists and texts -> the lines that are seen
+    Dashboard: texts      a run, a row or a log as lines
+    Dashboard: desk       what is shown and how it stands: messages in, effects out
+    Dashboard: keys       what each key does
+    Dashboard: bars       title, counts, clusters, hints; commands
+    Dashboard: feed       tells what there is, from the daemon or the cache
+    Dashboard: screens    the Textual app
     Services              service-templates/ -> units and manifests
     Services: installing  the host's service managers: files and commands
     Services: demo server   an API server on loopback that plays a script
@@ -98,7 +108,9 @@ from datetime import datetime, timedelta, timezone
 TYPE_CHECKING = False  # as type checkers know it: typing itself costs 3 ms at every start
 if TYPE_CHECKING:
     import argparse
+    import asyncio
     import base64
+    import bisect
     import concurrent.futures
     import contextlib
     import difflib
@@ -151,7 +163,18 @@ if TYPE_CHECKING:
     import h11
     import kubernetes
     import prometheus_client
+    import rich.cells
+    import rich.segment
+    import rich.style
     import textual.app
+    import textual.events
+    import textual.geometry
+    import textual.scroll_view
+    import textual.strip
+    import textual.suggester
+    import textual.theme
+    import textual.widget
+    import textual.widgets
     import websocket
     import wsproto
     import yaml
@@ -207,7 +230,9 @@ else:
             return getattr(sys.modules[top], attribute)
 
     argparse = _Lazy("argparse")
+    asyncio = _Lazy("asyncio")  # what the dashboard's library stands on
     base64 = _Lazy("base64")
+    bisect = _Lazy("bisect")
     concurrent = _Lazy("concurrent.futures")
     contextlib = _Lazy("contextlib")
     cronsim = _Lazy("cronsim")  # the next run of a schedule, in its time zone
@@ -233,6 +258,7 @@ else:
     queue = _Lazy("queue")
     random = _Lazy("random")
     resource = _Lazy("resource")
+    rich = _Lazy("rich.segment")  # the dashboard alone: cells, styles
     select = _Lazy("select")
     selectors = _Lazy("selectors")
     shlex = _Lazy("shlex")
@@ -340,6 +366,13 @@ LOCK_POLL_S: Final = 0.02  # where only asking again tells
 HELPERS_END_S: Final = 0.5  # for helper processes that were killed to be gone
 HELP_COLUMNS: Final = 100
 LAST_WORDS_CHARS: Final = 20_000
+LOG_LINES_SHOWN: Final = 5000  # in the dashboard; `runs logs` shows all
+NOTICE_S: Final = 4.0  # for a person to read a line
+COMPLETIONS_SHOWN: Final = 12
+RECONNECT_S: Final = 0.5  # between two looks for a daemon, and at the cache meanwhile
+CLUSTERS_EVERY_TICKS: Final = 5  # seconds: how far behind each cluster is
+DRAW_EVERY_S: Final = 0.03
+BAR_CELLS: Final = 18  # a progress bar with its figures, where there is room for both
 LOG_LINE_MAX_BYTES: Final = 256 * 1024  # a container may print without ever ending a line
 LOG_LINES_KNOWN: Final = 1000  # of those read last, to know them again
 LOG_TRIES: Final = 3  # to reach a log at all
@@ -11138,6 +11171,11 @@ class Client:
         """Wait for messages however long they take."""
         self._socket.settimeout(None)
 
+    def hang_up(self) -> None:
+        """End the connection under a thread that waits for messages; that one closes it."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
     def wait_for_end(self) -> None:
         """Wait until the daemon has closed the connection."""
         with contextlib.suppress(OSError):
@@ -11727,6 +11765,2459 @@ def _examined(cluster: Cluster) -> JsonObject:
         "error": cluster.trouble,
         "watches": [] if cluster.error is not None else watches,
     }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Dashboard: palettes
+# ----------------------------------------------------------------------------------------------------------------------
+
+PALETTES: Final = ("dark", "light", "ansi", "plain")  # 24 bits on dark and on light; the terminal's 16; none at all
+_ROLES: Final = {  # role -> its style in each palette, as rich writes them
+    "": ("#d5dae6 on #14171f", "#20242c on #fbfbfc", "", ""),
+    "dim": ("#7f8aa3", "#68707d", "dim", "dim"),
+    "rest": ("#3a4257", "#c3c9d4", "dim", "dim"),
+    "label": ("#7f8aa3", "#68707d", "cyan", "dim"),
+    "title": ("bold #ffffff", "bold #000000", "bold", "bold"),
+    "brand": ("bold #14171f on #7aa2f7", "bold #ffffff on #2a5bd7", "bold reverse blue", "bold reverse"),
+    "id": ("#e6eaf5", "#101318", "", ""),
+    "accent": ("#7aa2f7", "#2a5bd7", "blue", ""),
+    "key": ("bold #7aa2f7", "bold #2a5bd7", "bold blue", "bold"),
+    "bar": ("on #1d212c", "on #eceef2", "", ""),
+    "head": ("#8f9ab3 on #1d212c", "#5a6270 on #eceef2", "bold dim", "bold"),
+    "sorted": ("bold #7aa2f7 on #1d212c", "bold #2a5bd7 on #eceef2", "bold blue", "bold underline"),
+    "selected": ("on #2c3550", "on #d5e0fa", "reverse", "reverse"),
+    "away": ("#8b92a3", "#7a828f", "", ""),
+    "stale": ("#e0a65c", "#9a5b00", "yellow", "italic"),
+    "alarm": ("bold #ff8f6b", "bold #b5400f", "bold red", "bold"),
+    "live": ("#7fd88f", "#167a33", "green", ""),
+    "chosen": ("bold #ffffff on #3a4a78", "bold #0d2a6b on #c4d4f8", "bold reverse", "bold reverse"),
+    "notice": ("#14171f on #e0a65c", "#ffffff on #8a5200", "reverse yellow", "reverse"),
+    "match": ("bold #14171f on #f0d060", "bold #000000 on #ffe27a", "black on yellow", "bold reverse"),
+    PENDING: ("#a3adc2", "#59616e", "", ""),
+    RUNNING: ("#6cb6ff", "#0a5fd0", "bright_blue", ""),
+    BLOCKED: ("bold #f5c04a", "bold #8a5a00", "bold yellow", "bold"),
+    FAILED: ("bold #ff6f7d", "bold #c31f30", "bold red", "bold"),
+    FINISHED: ("#7fd88f", "#167a33", "green", ""),
+    CANCELLED: ("#8b92a3", "#7a828f", "dim", "dim"),
+    UNKNOWN: ("#c39bf0", "#7038c0", "magenta", ""),
+}
+
+
+def palette_for(asked: str, environment: Mapping[str, str]) -> str:
+    """Return the palette that was asked for, or for `auto` the one that suits the terminal.
+
+    COLORFGBG, which some terminals set, ends with the number of the background's colour; others are taken for dark.
+    """
+    if environment.get("NO_COLOR"):
+        return "plain"
+    if asked != "auto":
+        return asked
+    term, depth = environment.get("TERM", ""), environment.get("COLORTERM", "")
+    if term in ("", "dumb") or term.endswith("-mono") or term.startswith("vt"):
+        return "plain"
+    if depth not in ("truecolor", "24bit") and "256color" not in term and "kitty" not in term:
+        return "ansi"
+    return "light" if environment.get("COLORFGBG", "").rpartition(";")[2] in ("7", "15") else "dark"
+
+
+def style_of(palette: str, role: str, base: str) -> rich.style.Style:
+    """Return how a role is painted on a line of some base; what the selected line's own colours are gives way."""
+    place = PALETTES.index(palette)
+    parts = [_ROLES[name][place] for name in ("", base, role if role else base) if _ROLES[name][place]]
+    style = rich.style.Style.combine([rich.style.Style.parse(part) for part in parts])
+    is_flat = base == "selected" and palette in ("ansi", "plain")  # reversed colours of their own would be backgrounds
+    return rich.style.Style(reverse=True, bold=style.bold) if is_flat else style
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Dashboard: columns
+# ----------------------------------------------------------------------------------------------------------------------
+
+Span = tuple[str, str]  # a text, and the role that it plays: PALETTES say how that is painted
+
+
+class Line(NamedTuple):
+    """One line of the screen; `base` is the role of what stands behind and between its texts."""
+
+    spans: tuple[Span, ...] = ()
+    base: str = ""
+
+
+class Moment(NamedTuple):
+    """What rows are shown against: the time, and how fresh each cluster's rows are."""
+
+    now: float
+    freshness: Mapping[str, Freshness] = {}
+
+    def is_away(self, cluster: str) -> bool:
+        """Say whether a cluster's rows may be old."""
+        part = self.freshness.get(cluster)
+        return part is not None and not part.connected
+
+    def stale_age(self, cluster: str) -> str:
+        """Return how old a cluster's rows are; empty where they are live."""
+        part = self.freshness.get(cluster)
+        return "" if part is None or part.connected else age_of(part.synced_at, self.now) or "never"
+
+
+class Field(NamedTuple):
+    """A column of a list: its cells, how they sort, and how wide it may be."""
+
+    title: str
+    text: Callable[[Any, Moment], str]
+    order: Callable[[Any], Any]  # of one type, whatever the row
+    most: int = 24
+    least: int = 0  # narrower, it is left out; 0: as wide as its cells
+    role: Callable[[Any, Moment], str] = lambda row, moment: ""
+    right: bool = False
+    wide: bool = False  # only shown when all columns are asked for
+    weight: int = 5  # the columns of the lowest give way first; below 5, also where no row has anything in it
+    grows: bool = False  # takes the room that is left
+    draw: Callable[[Any, int, int], tuple[Span, ...]] | None = None  # instead: row, cells, those of the longest text
+
+
+class View(NamedTuple):
+    """One list of the dashboard."""
+
+    name: str
+    table: str
+    fields: tuple[Field, ...]
+    searched: tuple[str, ...]  # what a filter's bare words look at
+    sorted_by: str
+    is_reversed: bool = False
+
+
+STATUS_MARKS: Final = {
+    RUNNING: "●",
+    BLOCKED: "◆",
+    FAILED: "✗",
+    FINISHED: "✓",
+    PENDING: "○",
+    CANCELLED: "⊘",
+    UNKNOWN: "?",
+}
+ATTENTION: Final = (BLOCKED, FAILED)  # what a person may have to act on, in this order
+HEARTBEAT_LATE_S: Final = 60.0  # Smithers reports every 30 s
+
+
+def shown_status(row: Any) -> str:
+    """Return the status of a run as it is shown: one that nobody knows has a word too."""
+    return row.status or UNKNOWN
+
+
+def progress_bar(row: Run, width: int, figures_width: int) -> tuple[Span, ...]:
+    """Return a run's progress in exactly so many cells: a bar and its figures, or the figures where it is narrow."""
+    finished, total, figures = row.progress_finished, row.progress_total, _figures(row)
+    if finished is None or total is None:
+        return ((" " * width, ""),)
+    cells = width - max(figures_width, len(figures)) - 1
+    if cells < 3:
+        return ((f"{figures:>{width}}"[-width:], ""),)
+    filled = int(cells * min(1.0, finished / total)) if total > 0 else 0
+    return (
+        ("━" * filled, shown_status(row)),
+        ("─" * (cells - filled), "rest"),
+        (f"{figures:>{width - cells}}", ""),
+    )
+
+
+def fit(text: str, width: int, *, right: bool = False) -> str:
+    """Return a text in exactly so many cells, its end cut where it is longer."""
+    size = len(text) if text.isascii() else rich.cells.cell_len(text)
+    if size > width:
+        return rich.cells.set_cell_size(text, width - 1) + "…" if width > 1 else "…"[:width]
+    return " " * (width - size) + text if right else text + " " * (width - size)
+
+
+def short_id(text: str, width: int) -> str:
+    """Return an id whose middle is left out: ids of one day begin alike, and their ends tell them apart."""
+    return text if len(text) <= width or width < 5 else text[: width - 6] + "…" + text[-5:]
+
+
+def _value(name: str) -> Callable[[Any, Moment], str]:
+    return lambda row, moment: safe_text(getattr(row, name))
+
+
+def _text_order(name: str) -> Callable[[Any], str]:
+    return lambda row: str(getattr(row, name) or "")
+
+
+def _number_order(name: str) -> Callable[[Any], float]:
+    return lambda row: float(getattr(row, name) or 0)
+
+
+def _age_field(name: str) -> Callable[[Any, Moment], str]:
+    return lambda row, moment: age_of(getattr(row, name), moment.now)
+
+
+def _until(moment_text: str | None, now: float) -> str:
+    epoch = epoch_of(moment_text)
+    return "" if epoch is None else f"in {format_age(epoch - now)}" if epoch > now else "now"
+
+
+def heartbeat_age_s(row: Run, moment: Moment) -> float | None:
+    """Return how long a run has said nothing, by its cluster's clock; None for one that need not."""
+    beat = None if row.status in TERMINAL else epoch_of(row.heartbeat_at)
+    part = moment.freshness.get(row.cluster)
+    skew_s = part.skew_s if part is not None and abs(part.skew_s) > SKEW_MIN_S else 0.0
+    return None if beat is None else max(0.0, moment.now + skew_s - beat)
+
+
+def _heartbeat_text(row: Run, moment: Moment) -> str:
+    age_s = heartbeat_age_s(row, moment)
+    return "" if age_s is None else format_age(age_s)
+
+
+def _heartbeat_role(row: Run, moment: Moment) -> str:
+    age_s = heartbeat_age_s(row, moment)
+    return "alarm" if age_s is not None and age_s > HEARTBEAT_LATE_S and row.status == RUNNING else "dim"
+
+
+def _cluster_text(row: Any, moment: Moment) -> str:
+    age = moment.stale_age(row.cluster)
+    return safe_text(row.cluster) + (f" ({age})" if age else "")
+
+
+def _cluster_role(row: Any, moment: Moment) -> str:
+    return "stale" if moment.is_away(row.cluster) else ""
+
+
+def _run_name(row: Run, _moment: Moment) -> str:
+    """Return the label id: of the key, cluster and namespace stand in columns of their own."""
+    return safe_text(row.id or row.run_id)
+
+
+def _status_text(row: Run, _moment: Moment) -> str:
+    status = shown_status(row)
+    return f"{STATUS_MARKS[status]} {status}"
+
+
+def _ratio(row: Run) -> float:
+    finished, total = row.progress_finished, row.progress_total
+    return -1.0 if finished is None or not total else finished / total
+
+
+def _figures(row: Run, _moment: Moment | None = None) -> str:
+    finished, total = row.progress_finished, row.progress_total
+    return "" if finished is None or total is None else f"{finished}/{total}"
+
+
+def _dim(_row: Any, _moment: Moment) -> str:
+    return "dim"
+
+
+def _text_field(title: str, name: str, **more: Any) -> Field:
+    return Field(title, _value(name), _text_order(name), **more)
+
+
+_CLUSTER: Final = Field("CLUSTER", _cluster_text, _text_order("cluster"), 20, 7, _cluster_role, weight=8)
+_NAMESPACE: Final = _text_field("NAMESPACE", "namespace", most=20, least=8, role=_dim, wide=True, weight=2)
+
+RUNS_VIEW: Final = View(
+    "runs",
+    "runs",
+    (
+        Field("RUN", _run_name, _text_order("run_id"), 32, 12, lambda row, moment: "id", weight=7),
+        _CLUSTER,
+        Field("STATUS", _status_text, shown_status, 11, 11, lambda row, moment: shown_status(row), weight=10),
+        _text_field("PHASE", "phase", most=10, least=8, weight=4),
+        _text_field("TASK", "current_task", most=18, least=7, weight=6),
+        Field("PROGRESS", _figures, _ratio, 44, 8, weight=8, grows=True, draw=progress_bar),
+        Field("BEAT", _heartbeat_text, lambda row: row.heartbeat_at or "", 6, 5, _heartbeat_role, right=True, weight=5),
+        Field("AGE", _age_field("created_at"), lambda row: row.created_at or "", 6, 5, _dim, right=True, weight=6),
+        _text_field("REASON", "reason", most=24, least=12, role=lambda row, moment: shown_status(row), weight=3),
+        Field("TRY", _value("task_attempt"), _number_order("task_attempt"), 3, right=True, wide=True, weight=1),
+        _text_field("SPEC", "spec_id", most=24, least=8, wide=True, weight=3),
+        _text_field("PROJECT", "project", most=16, least=8, wide=True, weight=2),
+        _text_field("TEMPLATE", "template", most=12, least=8, role=_dim, wide=True, weight=1),
+        _NAMESPACE,
+    ),
+    ("run_id", "id", "cluster", "namespace", "status", "phase", "current_task", "spec_id", "project", "reason"),
+    "AGE",
+    is_reversed=True,
+)
+SCHEDULES_VIEW: Final = View(
+    "schedules",
+    "schedules",
+    (
+        Field("SCHEDULE", lambda row, moment: safe_text(row.schedule_id or row.name), _text_order("name"), 32, 8),
+        _CLUSTER,
+        _text_field("CRON", "schedule", most=20, least=9, role=lambda row, moment: "accent"),
+        _text_field("ZONE", "time_zone", most=18, least=4, role=_dim, weight=3),
+        Field("ACTIVE", _value("active"), _number_order("active"), 6, right=True),
+        Field("LAST", _age_field("last_run_at"), _text_order("last_run_at"), 6, right=True),
+        Field("NEXT", lambda row, moment: _until(row.next_run_at, moment.now), _text_order("next_run_at"), 9),
+        Field(
+            "MISSED",
+            lambda row, moment: safe_text(row.missed or ""),
+            _number_order("missed"),
+            6,
+            role=lambda row, moment: "alarm",
+            right=True,
+            weight=4,
+        ),
+        Field(
+            "STATE", lambda row, moment: "suspended" if row.suspended else "", _number_order("suspended"), 9, role=_dim
+        ),
+        _text_field("NAME", "name", most=40, least=8, role=_dim, wide=True, weight=2),
+        _NAMESPACE,
+    ),
+    ("name", "schedule_id", "cluster", "namespace", "schedule"),
+    "SCHEDULE",
+)
+STORAGE_VIEW: Final = View(
+    "storage",
+    "volumes",
+    (
+        _text_field("VOLUME", "name", most=48, least=12, role=lambda row, moment: "id", weight=8),
+        _CLUSTER,
+        _text_field("PHASE", "phase", most=8, role=lambda row, moment: FINISHED if row.phase == "Bound" else BLOCKED),
+        Field(
+            "CAPACITY",
+            lambda row, moment: format_bytes(row.capacity_bytes),
+            _number_order("capacity_bytes"),
+            10,
+            right=True,
+        ),
+        _text_field("CLASS", "storage_class", most=16, least=5, weight=4),
+        Field("AGE", _age_field("created_at"), _text_order("created_at"), 6, 5, _dim, right=True),
+        _text_field("RUN", "run_id", most=40, least=12, role=_dim, weight=3),
+        _NAMESPACE,
+    ),
+    ("name", "run_id", "cluster", "namespace", "phase", "storage_class"),
+    "AGE",
+    is_reversed=True,
+)
+WARNINGS_VIEW: Final = View(
+    "warnings",
+    "cluster_events",
+    (
+        Field("LAST", _age_field("last_at"), _text_order("last_at"), 6, 5, _dim, right=True, weight=9),
+        Field("COUNT", _value("count"), _number_order("count"), 6, right=True, weight=6),
+        _CLUSTER,
+        _text_field("REASON", "reason", most=20, least=8, role=lambda row, moment: BLOCKED, weight=9),
+        Field(
+            "OBJECT",
+            lambda row, moment: safe_text(f"{(row.object_kind or '').lower()}/{row.object_name or ''}"),
+            _text_order("object_name"),
+            40,
+            12,
+            lambda row, moment: "id",
+        ),
+        _text_field("MESSAGE", "message", most=400, least=10, weight=7, grows=True),
+        _NAMESPACE,
+    ),
+    ("reason", "message", "object_name", "object_kind", "cluster", "namespace", "run_id"),
+    "LAST",
+    is_reversed=True,
+)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Dashboard: model
+# ----------------------------------------------------------------------------------------------------------------------
+
+TERM_NAMES: Final = {
+    "status": ("status",),
+    "cluster": ("cluster", "name"),
+    "phase": ("phase",),
+    "task": ("current_task",),
+    "spec": ("spec_id",),
+    "project": ("project",),
+    "template": ("template",),
+    "namespace": ("namespace",),
+    "ns": ("namespace",),
+    "run": ("run_id",),
+    "id": ("run_id", "id"),
+    "reason": ("reason",),
+    "schedule": ("schedule_id", "name"),
+    "class": ("storage_class",),
+    "object": ("object_name",),
+}
+
+
+class ClusterView(NamedTuple):
+    """How a cluster is reached, as the daemon's status or the cache tells."""
+
+    name: str
+    server: str | None = None
+    priority: int = 100
+    connected: bool = False
+    synced_at: str | None = None
+    last_event_at: str | None = None
+    error: str | None = None
+    skew_s: float = 0.0
+    uid: str | None = None
+    watches: tuple[JsonObject, ...] = ()
+
+    @property
+    def cluster(self) -> str:
+        """The cluster's name, as other rows have it."""
+        return self.name
+
+    @property
+    def freshness(self) -> Freshness:
+        """How old its rows are."""
+        return Freshness(self.name, self.connected, self.synced_at, self.error, self.skew_s)
+
+
+class Term(NamedTuple):
+    """One word of a filter: which columns (none: the view's own), what they must or must not hold."""
+
+    columns: tuple[str, ...]
+    pattern: re.Pattern[str]
+    is_inverse: bool
+
+    def matches(self, row: Any, searched: Sequence[str]) -> bool:
+        """Say whether a row has it; a named column from its beginning, others anywhere."""
+        if self.columns:
+            values = [getattr(row, name) for name in self.columns if hasattr(row, name)]
+            found = any(self.pattern.match(str(value or UNKNOWN)) for value in values)
+        else:
+            found = any(self.pattern.search(str(getattr(row, name) or "")) for name in searched)
+        return found is not self.is_inverse
+
+
+def parse_terms(text: str) -> tuple[Term, ...]:
+    """Return the terms of a filter, all of which a row must match: `status:blocked,failed cluster:prod !nightly 1[67]`.
+
+    A word is a regular expression, or just a text where it is none; `!` before it inverts it. What follows a column's
+    name must stand at the beginning of the column; commas part alternatives.
+    """
+    terms = []
+    for word in text.split():
+        asked = word.lstrip("!")
+        name, colon, value = asked.partition(":")
+        columns = TERM_NAMES.get(name.lower(), ()) if colon else ()
+        wanted = "|".join(f"(?:{_regex(part)})" for part in value.split(",")) if columns else _regex(asked)
+        terms.append(Term(columns, re.compile(wanted, re.IGNORECASE), asked != word))
+    return tuple(terms)
+
+
+def _regex(text: str) -> str:
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError):
+        return re.escape(text)
+    return text
+
+
+class Query(NamedTuple):
+    """What a list shows, and in which order."""
+
+    sorted_by: Field
+    is_reversed: bool
+    cluster: str = ""  # empty: all
+    terms: tuple[Term, ...] = ()
+    attention: bool = False  # blocked and failed runs first
+
+
+class Listing:
+    """The rows of a view that a query asks for, in its order; a change moves one row and leaves the others alone."""
+
+    def __init__(self, view: View, query: Query) -> None:
+        self.view = view
+        self.query = query
+        self._entries: list[tuple[Any, RowKey]] = []
+        self._rows: dict[RowKey, Any] = {}
+
+    def __len__(self) -> int:
+        """Return how many rows there are."""
+        return len(self._entries)
+
+    def fill(self, rows: Mapping[RowKey, Any], query: Query) -> None:
+        """Take other rows, or ask something else of the same."""
+        self.query = query
+        self._rows = {key: row for key, row in rows.items() if self._wants(row)}
+        self._entries = sorted((self._order(row), key) for key, row in self._rows.items())
+
+    def put(self, key: RowKey, row: Any) -> None:
+        """Take a row's new state; None: it is gone."""
+        before = self._rows.pop(key, None)
+        if before is not None:
+            del self._entries[self._place(before, key)]
+        if row is not None and self._wants(row):
+            self._rows[key] = row
+            bisect.insort(self._entries, (self._order(row), key))
+
+    def key_at(self, index: int) -> RowKey | None:
+        """Return the key of the row at a place; None where there is none."""
+        return self._entries[self._mirrored(index)][1] if 0 <= index < len(self._entries) else None
+
+    def row_at(self, index: int) -> Any:
+        """Return the row at a place."""
+        return self._rows[self._entries[self._mirrored(index)][1]]
+
+    def index_of(self, key: RowKey | None) -> int | None:
+        """Return a row's place; None where it is not asked for."""
+        row = self._rows.get(key) if key is not None else None
+        return None if row is None or key is None else self._mirrored(self._place(row, key))
+
+    def _mirrored(self, index: int) -> int:
+        return len(self._entries) - 1 - index if self.query.is_reversed else index
+
+    def _place(self, row: Any, key: RowKey) -> int:
+        return bisect.bisect_left(self._entries, (self._order(row), key))
+
+    def _wants(self, row: Any) -> bool:
+        query = self.query
+        if query.cluster and row.cluster != query.cluster:
+            return False
+        return all(term.matches(row, self.view.searched) for term in query.terms)
+
+    def _order(self, row: Any) -> Any:
+        order = self.query.sorted_by.order(row)
+        if not self.query.attention or not isinstance(row, Run):
+            return order
+        rank = ATTENTION.index(row.status) if row.status in ATTENTION else len(ATTENTION)
+        return (-rank if self.query.is_reversed else rank, order)
+
+
+class Board:
+    """All rows known now, counted by cluster and status."""
+
+    def __init__(self) -> None:
+        self.tables: dict[str, dict[RowKey, Any]] = {name: {} for name in (*TABLES, "clusters")}
+        self.counts: dict[tuple[str, str], int] = {}  # cluster and status -> runs
+
+    @property
+    def clusters(self) -> list[ClusterView]:
+        """The clusters by priority and name, as everywhere."""
+        return sorted(self.tables["clusters"].values(), key=lambda state: (state.priority, state.name))
+
+    @property
+    def freshness(self) -> dict[str, Freshness]:
+        """How old each cluster's rows are."""
+        return {state.name: state.freshness for state in self.tables["clusters"].values()}
+
+    def replace(self, tables: Mapping[str, Iterable[Any]]) -> None:
+        """Take whole tables; the others stay."""
+        for name, rows in tables.items():
+            self.tables[name] = {key_of(row): row for row in rows}
+        if "runs" in tables:
+            self.counts = {}
+            for row in self.tables["runs"].values():
+                self._count(row, 1)
+
+    def apply(self, table: str, row: Any, *, is_removed: bool = False) -> Any:
+        """Take one row's new state, or that it is gone; return the row before, None where there was none."""
+        key = key_of(row)
+        before = self.tables[table].pop(key, None)
+        if table == "runs" and before is not None:
+            self._count(before, -1)
+        if not is_removed:
+            self.tables[table][key] = row
+            if table == "runs":
+                self._count(row, 1)
+        return before
+
+    def count(self, *, status: str = "", cluster: str = "") -> int:
+        """Return how many runs have a status, in a cluster; empty: any."""
+        return sum(
+            count
+            for (where, what), count in self.counts.items()
+            if (not status or what == status) and (not cluster or where == cluster)
+        )
+
+    def _count(self, row: Run, change: int) -> None:
+        key = row.cluster, shown_status(row)
+        self.counts[key] = self.counts.get(key, 0) + change
+
+
+def key_of(row: Any) -> RowKey:
+    """Return what names a row within its table."""
+    return (row.name,) if isinstance(row, ClusterView) else row_key(row)
+
+
+def _state_text(state: ClusterView, moment: Moment) -> str:
+    if state.connected:
+        return "● live" if state.synced_at else "● listing"
+    age = moment.stale_age(state.name)
+    return f"○ away {age}" if state.synced_at else "○ not synced"
+
+
+def _watching(state: ClusterView) -> int:
+    return sum(1 for watch in state.watches if watch.get("state") == "watching")
+
+
+def cluster_error(state: ClusterView) -> str:
+    """Return what is wrong with a cluster, or with one of its watches; empty where nothing is."""
+    if state.error:
+        return state.error
+    return next((f"{watch['resource']}: {watch['error']}" for watch in state.watches if watch.get("error")), "")
+
+
+CLUSTERS_VIEW: Final = View(
+    "clusters",
+    "clusters",
+    (
+        Field("CLUSTER", lambda row, moment: safe_text(row.name), lambda row: row.name, 24, 6, weight=10),
+        Field(
+            "STATE",
+            _state_text,
+            lambda row: not row.connected,
+            18,
+            6,
+            lambda row, moment: "live" if row.connected else "stale",
+            weight=9,
+        ),
+        Field(
+            "LAG",
+            lambda row, moment: age_of(row.last_event_at, moment.now),
+            lambda row: row.last_event_at or "",
+            8,
+            4,
+            right=True,
+        ),
+        Field(
+            "WATCHES",
+            lambda row, moment: f"{_watching(row)}/{len(row.watches)}" if row.watches else "",
+            _watching,
+            7,
+            right=True,
+        ),
+        Field("PRIO", lambda row, moment: str(row.priority), lambda row: row.priority, 4, right=True, weight=3),
+        Field("SERVER", lambda row, moment: safe_text(row.server), lambda row: row.server or "", 48, 12, weight=4),
+        Field(
+            "ERROR",
+            lambda row, moment: safe_text(cluster_error(row)),
+            cluster_error,
+            400,
+            10,
+            lambda row, moment: "alarm",
+            weight=8,
+            grows=True,
+        ),
+    ),
+    ("name", "server", "error"),
+    "PRIO",
+)
+
+
+VIEWS: Final = {view.name: view for view in (RUNS_VIEW, SCHEDULES_VIEW, STORAGE_VIEW, WARNINGS_VIEW, CLUSTERS_VIEW)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Dashboard: pages
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Page(Protocol):
+    """What fills the screen between its bars: lines, of which some are seen."""
+
+    name: str
+    title: str
+    headings: int  # lines that stay above the others
+    top: int  # the first line seen of the others
+
+    def size(self, width: int, moment: Moment) -> int:
+        """Return how many lines there are."""
+
+    def draw(self, width: int, height: int, moment: Moment) -> list[Line]:
+        """Return the lines that are seen, headings first: `height` of them at most."""
+
+    def move(self, by: int, height: int) -> None:
+        """Go so many lines down, or up; `height` lines are seen."""
+
+
+def arrange(fields: Sequence[Field], wanted: Sequence[int], width: int) -> tuple[list[tuple[Field, int]], int]:
+    """Return the columns that fit with the cells each gets, and the gap between them."""
+    gap = 2 if width >= 100 else 1
+    least = {field.title: min(want, field.least or want) for field, want in zip(fields, wanted)}
+    shown = [(field, want) for field, want in zip(fields, wanted) if want]
+    while shown and sum(least[field.title] + gap for field, _ in shown) - gap > width:
+        shown.remove(min(shown, key=lambda pair: pair[0].weight))
+    room = width - sum(least[field.title] + gap for field, _ in shown) + gap
+    sizes = {field.title: least[field.title] for field, _ in shown}
+    for field, want in sorted(shown, key=lambda pair: pair[1] - least[pair[0].title]):  # who lacks least, first
+        more = min(room, want - sizes[field.title])
+        sizes[field.title] += more
+        room -= more
+    for field, _ in shown:
+        if field.grows:
+            more = min(room, field.most - sizes[field.title])
+            sizes[field.title] += more
+            room -= more
+    return [(field, sizes[field.title]) for field, _ in shown], gap
+
+
+class ListPage:
+    """A view's rows under their titles; the cursor stays with its row wherever that goes."""
+
+    def __init__(self, view: View) -> None:
+        self.name = self.title = view.name
+        self.headings = 1
+        self.view = view
+        self.top = 0
+        self.cursor: RowKey | None = None  # None: the first row, whichever it is
+        self.filter = ""
+        self.sorted_by = next(field for field in view.fields if field.title == view.sorted_by)
+        self.is_reversed = view.is_reversed
+        self.is_wide = False
+        self.listing = Listing(view, Query(self.sorted_by, self.is_reversed))
+        self.layout: list[tuple[Field, int]] = []  # as last drawn
+        self.gap = 1
+        self._measured: dict[str, int] = {}  # a column's widest cell seen so far
+
+    @property
+    def index(self) -> int:
+        """Where the cursor is."""
+        return self.listing.index_of(self.cursor) or 0
+
+    @property
+    def selected(self) -> Any:
+        """The row under the cursor, None where there is none."""
+        return self.listing.row_at(self.index) if len(self.listing) else None
+
+    def size(self, width: int, moment: Moment) -> int:
+        """Return how many lines there are."""
+        return len(self.listing)
+
+    def fill(self, rows: Mapping[RowKey, Any], cluster: str, *, attention: bool) -> None:
+        """Take all rows anew, as they are asked for now."""
+        terms = parse_terms(self.filter)
+        self.listing.fill(rows, Query(self.sorted_by, self.is_reversed, cluster, terms, attention))
+        self.measure_again()
+
+    def measure_again(self) -> None:
+        """Forget how wide cells were."""
+        self._measured = {}
+
+    def put(self, key: RowKey, row: Any) -> None:
+        """Take one row's new state; what is seen stays where it is."""
+        before, index = self.listing.index_of(self.cursor), self.index
+        self.listing.put(key, row)
+        after = self.listing.index_of(self.cursor)
+        if before is not None and after is None:
+            self.cursor = self.listing.key_at(min(index, len(self.listing) - 1))
+        elif before is not None and after is not None and self.top:
+            self.top = max(0, self.top + after - before)
+
+    def move(self, by: int, height: int) -> None:
+        """Put the cursor so many rows down, or up, and see to it that it is seen."""
+        self.point_at(max(0, min(len(self.listing) - 1, self.index + by)))
+        self.reveal(height)
+
+    def point_at(self, index: int) -> None:
+        """Put the cursor on a row; at the first one it stays first."""
+        self.cursor = self.listing.key_at(index) if index > 0 else None
+
+    def reveal(self, height: int) -> None:
+        """Scroll as far as the cursor needs to be seen."""
+        index = self.index
+        self.top = max(0, min(max(self.top, index - height + 2), index, max(0, len(self.listing) - height + 1)))
+
+    def sort_by(self, field: Field) -> None:
+        """Sort by a column; once more: the other way round."""
+        self.is_reversed = not self.is_reversed if field is self.sorted_by else False
+        self.sorted_by = field
+
+    def fields(self) -> list[Field]:
+        """Return the columns to show if there is room."""
+        return [field for field in self.view.fields if self.is_wide or not field.wide]
+
+    def draw(self, width: int, height: int, moment: Moment) -> list[Line]:
+        """Return the titles and the rows that are seen."""
+        self.top = max(0, min(self.top, len(self.listing) - height + 1))
+        last = min(len(self.listing), self.top + height - 1)
+        rows = [self.listing.row_at(index) for index in range(self.top, last)]
+        fields = self.fields()
+        cells = [[field.text(row, moment) for field in fields] for row in rows]
+        for place, field in enumerate(fields):
+            widest = max([_cells_of(line[place]) for line in cells] or [0])
+            self._measured[field.title] = max(self._measured.get(field.title, 0), widest)
+        wanted = [self._wanted(field) for field in fields]
+        self.layout, self.gap = arrange(fields, wanted, width - 2)
+        texts = [dict(zip((field.title for field in fields), line)) for line in cells]
+        selected = self.index - self.top
+        if not rows:
+            return [self._heading(), Line(), Line(((f"  no {self.name}{' like that' if self.filter else ''}", "dim"),))]
+        return [self._heading()] + [
+            self._line(row, text, moment, is_selected=place == selected)
+            for place, (row, text) in enumerate(zip(rows, texts))
+        ]
+
+    def field_at(self, x: int) -> Field | None:
+        """Return the column that is drawn at a place of a line."""
+        left = 1
+        for field, size in self.layout:
+            if left <= x < left + size + self.gap:
+                return field
+            left += size + self.gap
+        return None
+
+    def _wanted(self, field: Field) -> int:
+        measured = self._measured[field.title]
+        if not measured and len(self.listing) and field.weight < 5 and field is not self.sorted_by:
+            return 0
+        if field.draw is not None:
+            return BAR_CELLS
+        return max(len(field.title) + (field is self.sorted_by), min(measured, field.most))
+
+    def _heading(self) -> Line:
+        spans: list[Span] = [(" ", "head")]
+        for field, size in self.layout:
+            is_sorted = field is self.sorted_by
+            arrow = ("↓" if self.is_reversed else "↑") if is_sorted else ""
+            title = field.title + arrow if len(field.title) < size else field.title
+            spans.append((fit(title, size, right=field.right), "sorted" if is_sorted else "head"))
+            spans.append((" " * self.gap, "head"))
+        return Line(tuple(spans), "head")
+
+    def _line(self, row: Any, texts: Mapping[str, str], moment: Moment, *, is_selected: bool) -> Line:
+        status = row.status if isinstance(row, Run) else ""
+        spans: list[Span] = [("▌", status) if status in ATTENTION else (" ", "")]
+        for field, size in self.layout:
+            if field.draw is not None:
+                spans += field.draw(row, size, self._measured[field.title])
+            else:
+                text = texts[field.title]
+                shown = short_id(text, size) if field.role(row, moment) == "id" else text
+                spans.append((fit(shown, size, right=field.right), field.role(row, moment)))
+            spans.append((" " * self.gap, ""))
+        return Line(tuple(spans), "selected" if is_selected else "away" if moment.is_away(row.cluster) else "")
+
+
+def _cells_of(text: str) -> int:
+    return len(text) if text.isascii() else rich.cells.cell_len(text)
+
+
+class TextPage:
+    """Lines that are made for a width and a moment; they can be searched."""
+
+    def __init__(self, name: str, title: str, make: Callable[[int, Moment], list[Line]], about: Any = None) -> None:
+        self.name = name
+        self.title = title
+        self.headings = 0
+        self.about = about  # the row that it shows
+        self.top = 0
+        self.search: re.Pattern[str] | None = None
+        self._make = make
+        self._lines: list[Line] = []
+        self._made_for: object = None
+
+    def lines(self, width: int, moment: Moment) -> list[Line]:
+        """Return all lines; made anew for another width, or once a second: ages stand in them."""
+        if self._made_for != (width, int(moment.now)):
+            self._made_for = width, int(moment.now)
+            self._lines = self._make(width, moment)
+        return self._lines
+
+    def renew(self) -> None:
+        """Make the lines anew: there is news."""
+        self._made_for = None
+
+    def size(self, width: int, moment: Moment) -> int:
+        """Return how many lines there are."""
+        return len(self.lines(width, moment))
+
+    def draw(self, width: int, height: int, moment: Moment) -> list[Line]:
+        """Return the lines that are seen, with what was searched for marked."""
+        seen = self.lines(width, moment)[self.top : self.top + height]
+        return [mark_matches(line, self.search) for line in seen] if self.search else seen
+
+    def move(self, by: int, height: int) -> None:
+        """Go so many lines down, or up."""
+        self.top = max(0, min(self.top + by, len(self._lines) - height))
+
+    def find(self, direction: int) -> bool:
+        """Go to the next line that matches: below (1), above (-1), or from here on (0); say whether there is one."""
+        count = len(self._lines)
+        for step in range(abs(direction), count + 1):
+            index = (self.top + (direction or 1) * step) % count
+            if self.search and self.search.search("".join(text for text, _ in self._lines[index].spans)):
+                self.top = index
+                return True
+        return False
+
+
+def mark_matches(line: Line, pattern: re.Pattern[str] | None) -> Line:
+    """Return the line with all matches of a pattern in the role `match`."""
+    spans: list[Span] = []
+    for text, role in line.spans:
+        at = 0
+        for match in pattern.finditer(text) if pattern else ():
+            spans += [(text[at : match.start()], role), (match[0], "match")]
+            at = match.end()
+        spans.append((text[at:], role))
+    return Line(tuple(spans), line.base)
+
+
+class LogPage(TextPage):
+    """A run's log: lines that come, the last of them in sight while it is followed."""
+
+    def __init__(self, about: Run) -> None:
+        super().__init__("logs", f"log of {safe_text(about.run_id)}", lambda width, moment: [], about)
+        self.headings = 1
+        self.is_following = True
+        self.has_times = False
+        self.source = "waiting for the log"
+        self._texts: deque[tuple[str, str]] = deque(maxlen=LOG_LINES_SHOWN)  # time and text
+
+    def add(self, texts: Iterable[tuple[str, str]], source: str, *, anew: bool = False) -> None:
+        """Take more lines, each with its time, and where they come from."""
+        if anew:
+            self._texts.clear()
+        self._texts.extend(texts)
+        self.source = source
+        self.renew()
+
+    def lines(self, width: int, moment: Moment) -> list[Line]:
+        """Return the lines, long ones on several."""
+        if self._made_for != width:
+            self._made_for = width
+            self._lines = [line for at, text in self._texts for line in self._wrapped(at, text, width)]
+            if not self._lines:
+                self._lines = [Line(((" no lines yet", "dim"),))]
+        return self._lines
+
+    def draw(self, width: int, height: int, moment: Moment) -> list[Line]:
+        """Return the lines that are seen under a line that says where they come from."""
+        if self.is_following:
+            self.top = max(0, self.size(width, moment) - height + 1)
+        words = f" {self.source}{', followed' if self.is_following else ''}"
+        return [Line(((fit(words, width), "dim"),)), *super().draw(width, height - 1, moment)]
+
+    def move(self, by: int, height: int) -> None:
+        """Go so many lines down, or up; up ends following."""
+        self.is_following = self.is_following and by > 0
+        super().move(by, height - 1)
+
+    def _wrapped(self, at: str, text: str, width: int) -> list[Line]:
+        head = (f"{clock_time(at)} ", "dim") if self.has_times else (" ", "")
+        pieces = rich.cells.chop_cells(safe_text(text.expandtabs()), max(10, width - len(head[0]))) or [""]
+        rest = (" " * len(head[0]), "")
+        return [Line(((head if number == 0 else rest), (piece, ""))) for number, piece in enumerate(pieces)]
+
+
+def clock_time(moment: object) -> str:
+    """Return the local time of day of a row's time."""
+    epoch = epoch_of(moment)
+    return " " * 8 if epoch is None else datetime.fromtimestamp(epoch, timezone.utc).astimezone().strftime("%H:%M:%S")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Dashboard: texts
+# ----------------------------------------------------------------------------------------------------------------------
+
+_PAIR_CELLS: Final = 40  # a label and its value, side by side as many as fit
+
+
+class TimelineEntry(NamedTuple):
+    """One entry of a run's timeline."""
+
+    at: str | None
+    mark: str
+    role: str
+    words: str
+
+
+def timeline(events: Sequence[JsonObject]) -> list[TimelineEntry]:
+    """Return what a run's events tell, in order; a gate's own event says more than the change of status before it."""
+    entries: list[TimelineEntry] = []
+    for event in events:
+        said = event.get("payload")
+        said = said if isinstance(said, dict) else {}
+        at, kind = event.get("cluster_timestamp") or event.get("local_timestamp"), event.get("event_type")
+        if kind == "status_changed":
+            status = said.get("to") if said.get("to") in STATUS_MARKS else UNKNOWN
+            words = f"{status}  {said['reason']}" if said.get("reason") else str(status)
+            entries.append(TimelineEntry(at, STATUS_MARKS[str(status)], str(status), words))
+        elif kind == "task_completed":
+            figures = f"  {said.get('finished')}/{said.get('total')}" if said.get("total") else ""
+            entries.append(TimelineEntry(at, "│", "dim", f"{said.get('task')} done{figures}"))
+        elif kind == "blocked":
+            where = "  ".join(str(said[name]) for name in ("phase", "task", "reason") if said.get(name))
+            if entries and entries[-1].role == BLOCKED:
+                entries.pop()
+            entries.append(TimelineEntry(at, STATUS_MARKS[BLOCKED], BLOCKED, f"blocked  {where}"))
+    return entries
+
+
+def log_texts(events: Sequence[JsonObject]) -> list[tuple[str, str]]:
+    """Return the kept log lines among a run's events: time and text each."""
+    texts = []
+    for event in events:
+        if event.get("event_type") == "log_line":
+            said = event.get("payload")
+            said = said if isinstance(said, dict) else {"line": event.get("payload")}
+            at = said.get("at") or event.get("cluster_timestamp") or event.get("local_timestamp") or ""
+            texts.append((str(at), str(said.get("line", ""))))
+    return texts
+
+
+def run_lines(row: Run, details: JsonObject | None, width: int, moment: Moment) -> list[Line]:
+    """Return a run for a person: what it is, what it did, what it has, what went wrong, what it wrote last."""
+    status = shown_status(row)
+    reason = f"  {safe_text(row.reason)}" if row.reason else ""
+    lines = [
+        Line(),
+        Line(((" ", ""), (f"{STATUS_MARKS[status]} {status}", status), (reason, status))),
+        Line(((" ", ""), *progress_bar(row, min(width - 2, 60), 0))),
+        Line(),
+        *_pair_lines(_run_pairs(row, moment), width),
+    ]
+    if details is None:
+        return [*lines, Line(), Line(((" ...", "dim"),))]
+    lines += _titled("timeline", _timeline_lines(row, details.get("events") or [], width, moment))
+    for title, fields, rows in (
+        ("volumes", _VOLUME_FIELDS, [_row_of(Volume, said) for said in details.get("volumes") or []]),
+        ("warnings", _WARNING_FIELDS, [_row_of(ClusterEvent, said) for said in details.get("warnings") or []]),
+    ):
+        lines += _titled(title, _table_lines(fields, rows, width, moment))
+    kept = [Line(((fit(f"   {safe_text(text)}", width), ""),)) for _, text in log_texts(details.get("events") or [])]
+    return [*lines, *_titled("last log lines", kept)]
+
+
+_VOLUME_FIELDS: Final = tuple(
+    field for field in STORAGE_VIEW.fields if field.title in ("VOLUME", "PHASE", "CAPACITY", "CLASS", "AGE")
+)
+_WARNING_FIELDS: Final = tuple(
+    field for field in WARNINGS_VIEW.fields if field.title in ("LAST", "COUNT", "REASON", "MESSAGE")
+)
+
+
+def _row_of(kind: type[TableRow], said: JsonObject) -> Any:
+    return kind(**{name: value for name, value in said.items() if name in kind._fields})
+
+
+def _run_pairs(row: Run, moment: Moment) -> list[tuple[str, str, str]]:
+    age = moment.stale_age(row.cluster)
+    beat_s = heartbeat_age_s(row, moment)
+    started, finished = epoch_of(row.started_at), epoch_of(row.finished_at)
+    ended = finished if finished is not None or row.status in TERMINAL else moment.now
+    return [
+        ("cluster", row.cluster + (f" (as of {age} ago)" if age else ""), "stale" if age else ""),
+        ("namespace", row.namespace, ""),
+        ("phase", row.phase or "", ""),
+        ("task", row.current_task or "", ""),
+        ("attempt", str(row.task_attempt or ""), ""),
+        ("iteration", str(row.iteration or ""), ""),
+        ("heartbeat", f"{format_age(beat_s)} ago" if beat_s is not None else "", _heartbeat_late(row, beat_s)),
+        ("age", age_of(row.created_at, moment.now), ""),
+        ("runtime", format_age(ended - started) if started is not None and ended is not None else "", ""),
+        ("ended", f"{age_of(row.finished_at, moment.now)} ago" if row.finished_at else "", ""),
+        ("spec", row.spec_id or "", ""),
+        ("project", row.project or "", ""),
+        ("template", row.template or "", ""),
+        ("schedule", row.schedule_id or "", ""),
+        ("job", row.job_name or "", "dim"),
+        ("pod", row.pod_name or "", "dim"),
+    ]
+
+
+def _heartbeat_late(row: Run, age_s: float | None) -> str:
+    return "alarm" if age_s is not None and age_s > HEARTBEAT_LATE_S and row.status == RUNNING else ""
+
+
+def _pair_lines(pairs: Sequence[tuple[str, str, str]], width: int) -> list[Line]:
+    """Return labels and values, as many beside each other as fit; a long value has a line of its own."""
+    lines: list[Line] = []
+    spans: list[Span] = []
+    for label, value, role in pairs:
+        text = f"{safe_text(value)} "
+        if not value:
+            continue
+        cells = -(-max(_PAIR_CELLS, 13 + len(text)) // _PAIR_CELLS) * _PAIR_CELLS
+        if spans and sum(len(text) for text, _ in spans) + cells > width:
+            lines.append(Line(tuple(spans)))
+            spans = []
+        spans += [(f" {label:<11} ", "label"), (fit(text, min(cells, width) - 13), role)]
+    return [*lines, Line(tuple(spans))]
+
+
+def _titled(title: str, lines: Sequence[Line]) -> list[Line]:
+    return [Line(), Line(((f" {title.upper()}", "title"),)), *lines] if lines else []
+
+
+def _timeline_lines(row: Run, events: Sequence[JsonObject], width: int, moment: Moment) -> list[Line]:
+    """Return a run's timeline with the time that passed before each entry, and what it does now."""
+    entries = timeline(events)
+    lines, before = [], None
+    for entry in entries:
+        at = epoch_of(entry.at)
+        passed = f"+{format_age(at - before)}" if at is not None and before is not None else ""
+        before = at if at is not None else before
+        words = fit(safe_text(entry.words), max(10, width - 24))
+        lines.append(
+            Line(
+                (
+                    (f"   {clock_time(entry.at)} {passed:>7}  ", "dim"),
+                    (f"{entry.mark} ", entry.role),
+                    (words, "" if entry.role == "dim" else entry.role),
+                )
+            )
+        )
+    if row.status in (RUNNING, BLOCKED) and row.current_task and before is not None:
+        attempt = f"  attempt {row.task_attempt}" if (row.task_attempt or 1) > 1 else ""
+        passed = f"+{format_age(moment.now - before)}"
+        words = fit(f"{safe_text(row.current_task)}{attempt}  now", max(10, width - 24))
+        lines.append(Line(((f"   {'':8} {passed:>7}  ", "dim"), ("▸ ", "accent"), (words, "accent"))))
+    return lines
+
+
+def _table_lines(fields: Sequence[Field], rows: Sequence[Any], width: int, moment: Moment) -> list[Line]:
+    wanted = [
+        max([len(field.title), *(rich.cells.cell_len(field.text(row, moment)) for row in rows)]) for field in fields
+    ]
+    layout, gap = arrange(fields, [min(want, field.most) for want, field in zip(wanted, fields)], width - 4)
+    return [
+        Line(
+            (
+                ("   ", ""),
+                *(
+                    (fit(field.text(row, moment), size, right=field.right) + " " * gap, field.role(row, moment))
+                    for field, size in layout
+                ),
+            )
+        )
+        for row in rows
+    ]
+
+
+def describe_lines(row: Any, width: int, moment: Moment) -> list[Line]:
+    """Return every column of a row; long values on several lines."""
+    lines = [Line()]
+    for name, value in row._asdict().items():
+        if value in (None, "", ()) or name == "watches":
+            continue
+        ago = f"  ({age_of(value, moment.now)} ago)" if name.endswith("_at") and age_of(value, moment.now) else ""
+        pieces = rich.cells.chop_cells(f"{safe_text(value)}{ago}", max(10, width - 22))
+        lines += [
+            Line(((f" {name if number == 0 else '':<19} ", "label"), (piece, "")))
+            for number, piece in enumerate(pieces)
+        ]
+    watches = row.watches if isinstance(row, ClusterView) else ()
+    return lines + _titled("watches", [line for watch in watches for line in _watch_lines(watch, width, moment)])
+
+
+def _watch_lines(watch: JsonObject, width: int, moment: Moment) -> list[Line]:
+    where = f"{safe_text(watch.get('resource'))} in {safe_text(watch.get('namespace') or 'all namespaces')}"
+    synced = age_of(watch.get("synced_at"), moment.now)
+    is_good = watch.get("state") == WATCHING
+    state = ("live" if is_good else "stale", f"{safe_text(watch.get('state') or 'not started'):<12}")
+    lines = [Line(((f"   {where:<46} ", ""), state[::-1], (f"synced {synced} ago" if synced else "", "dim")))]
+    if watch.get("error"):
+        lines.append(Line(((fit(f"     {safe_text(watch['error'])}", width), "alarm"),)))
+    return lines
+
+
+def yaml_lines(row: Any, width: int) -> list[Line]:
+    """Return a row as YAML."""
+    said = {name: value for name, value in row._asdict().items() if value is not None}
+    text = yaml.safe_dump(json.loads(json.dumps(said)), sort_keys=False, allow_unicode=True, width=max(20, width - 4))
+    lines = [Line()]
+    for line in text.splitlines():
+        name, colon, value = line.partition(":")
+        is_pair = colon and not name.startswith((" ", "'", '"'))
+        spans = (
+            ((f" {safe_text(name)}:", "label"), (safe_text(value), "")) if is_pair else ((f" {safe_text(line)}", ""),)
+        )
+        lines.append(Line(spans))
+    return lines
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Dashboard: desk
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Effect(NamedTuple):
+    """What a key or a message wants done outside: quit, copy, details, logs, prompt, bell, theme."""
+
+    kind: str
+    value: Any = None
+
+
+class RowsTold(NamedTuple):
+    """The rows of some tables, whole."""
+
+    tables: Mapping[str, Sequence[Any]]
+
+
+class ChangeTold(NamedTuple):
+    """One row changed."""
+
+    table: str
+    row: Any
+    is_removed: bool = False
+
+
+class SourceTold(NamedTuple):
+    """Where rows come from at present."""
+
+    words: str
+    is_live: bool = False
+
+
+class DetailsTold(NamedTuple):
+    """A run's events, volumes and warnings."""
+
+    run_id: str
+    details: JsonObject
+
+
+class LogTold(NamedTuple):
+    """Lines of a run's log, each with its time."""
+
+    run_id: str
+    texts: Sequence[tuple[str, str]]
+    source: str
+    anew: bool = False  # they take the place of those told before
+
+
+class NoticeTold(NamedTuple):
+    """Something for the person to read."""
+
+    words: str
+
+
+FeedMessage = Union[RowsTold, ChangeTold, SourceTold, DetailsTold, LogTold, NoticeTold]
+
+
+class Desk:
+    """What the dashboard shows and how it stands: rows and keys in, lines and effects out; it does nothing itself."""
+
+    def __init__(self) -> None:
+        self.board = Board()
+        self.lists = {name: ListPage(view) for name, view in VIEWS.items()}
+        self.pages: list[ListPage | TextPage] = [self.lists["runs"]]  # the last is seen
+        self.cluster = ""  # the one whose rows are shown; empty: all
+        self.attention = False
+        self.has_bell = False
+        self.source = SourceTold("reading the cache")
+        self.title = "fabrik"
+        self.effects: list[Effect] = []
+        self.height = 20  # of the page, as last drawn
+        self.is_touched = False  # by a person
+        self.now = 0.0
+        self._notice = ("", 0.0)
+        self._details: dict[str, JsonObject] = {}
+        self._was_live = False
+
+    @property
+    def page(self) -> ListPage | TextPage:
+        """What is seen."""
+        return self.pages[-1]
+
+    @property
+    def listed(self) -> ListPage:
+        """The list that is seen, or lies below what is."""
+        return next(page for page in reversed(self.pages) if isinstance(page, ListPage))
+
+    @property
+    def row(self) -> Any:
+        """The row that is meant: the page's own, or the one under the cursor; as it is known now."""
+        about = self.page.about if isinstance(self.page, TextPage) else self.page.selected
+        return None if about is None else self.row_now(about)
+
+    @property
+    def notice(self) -> str:
+        """What the person is told at present."""
+        words, until = self._notice
+        return words if self.now < until else ""
+
+    def row_now(self, row: Any) -> Any:
+        """Return what is known of a row now; the row itself where it is gone."""
+        return self.board.tables[table_of(row)].get(key_of(row), row)
+
+    def say(self, words: str) -> None:
+        """Tell the person something for a few seconds."""
+        self._notice = words, self.now + NOTICE_S
+
+    def moment(self, now: float) -> Moment:
+        """Return what rows are shown against now."""
+        self.now = now
+        return Moment(now, self.board.freshness)
+
+    def take_effects(self) -> list[Effect]:
+        """Return what is to be done outside, once."""
+        effects, self.effects = self.effects, []
+        return effects
+
+    def take(self, message: FeedMessage) -> None:
+        """Take what the feed tells."""
+        if isinstance(message, RowsTold):
+            self._take_rows(message)
+        elif isinstance(message, ChangeTold):
+            self._take_change(message)
+        elif isinstance(message, SourceTold):
+            self.source = message
+            self._was_live = self._was_live or message.is_live
+        elif isinstance(message, DetailsTold):
+            self._details[message.run_id] = message.details
+            self._renew(message.run_id)
+        elif isinstance(message, LogTold):
+            for page in self.pages:
+                if isinstance(page, LogPage) and _is_about(page, message.run_id):
+                    page.add(message.texts, message.source, anew=message.anew)
+        else:
+            self.say(message.words)
+
+    def refill(self, *tables: str) -> None:
+        """Ask the lists anew, of these tables or of all."""
+        for page in self.lists.values():
+            if not tables or page.view.table in tables:
+                page.fill(self.board.tables[page.view.table], self.cluster, attention=self.attention)
+                page.reveal(self.height)
+
+    def show(self, name: str) -> None:
+        """Show a view's list."""
+        self.pages = [self.lists[name]]
+
+    def push(self, page: TextPage) -> None:
+        """Show a page above what is seen; the same kind of page takes the place of its like."""
+        self.pages = [kept for kept in self.pages if kept.name != page.name] + [page]
+
+    def details_of(self, run_id: str) -> JsonObject | None:
+        """Return a run's events, volumes and warnings as far as they were told."""
+        return self._details.get(run_id)
+
+    def choose_cluster(self, name: str) -> None:
+        """Show one cluster's rows only; empty: all."""
+        self.cluster = name
+        self.refill()
+
+    def set_filter(self, text: str) -> None:
+        """Filter the list that is seen, or search the page."""
+        page = self.page
+        if isinstance(page, ListPage):
+            page.filter = text
+            page.fill(self.board.tables[page.view.table], self.cluster, attention=self.attention)
+            page.reveal(self.height)
+        else:
+            page.search = parse_search(text)
+            page.find(0)
+
+    def _take_rows(self, message: RowsTold) -> None:
+        gates = self._gates()
+        fresh = {name: part.connected for name, part in self.board.freshness.items()}
+        self.board.replace(message.tables)
+        self.refill(*message.tables)
+        if fresh != {name: part.connected for name, part in self.board.freshness.items()}:
+            self.listed.measure_again()  # a cluster's age stands beside its name, or does no more
+        if self._was_live:
+            self._ring(self._gates() - gates)
+        for page in self.pages:
+            if isinstance(page, TextPage) and isinstance(page.about, Run):
+                self.effects.append(Effect("details", page.about.run_id))
+
+    def _take_change(self, message: ChangeTold) -> None:
+        row = message.row
+        before = self.board.apply(message.table, row, is_removed=message.is_removed)
+        for page in self.lists.values():
+            if page.view.table == message.table:
+                page.put(key_of(row), None if message.is_removed else row)
+        if message.table == "runs":
+            if row.status == BLOCKED and (before is None or before.status != BLOCKED):
+                self._ring({row.run_id})
+            self._renew(row.run_id)
+            if any(isinstance(page, TextPage) and _is_about(page, row.run_id) for page in self.pages):
+                self.effects.append(Effect("details", row.run_id))
+
+    def _gates(self) -> set[str]:
+        return {row.run_id for row in self.board.tables["runs"].values() if row.status == BLOCKED}
+
+    def _ring(self, run_ids: set[str]) -> None:
+        if run_ids:
+            self.say(f"waiting at a human gate: {', '.join(sorted(map(safe_text, run_ids)))}")
+            self.effects += [Effect("bell")] if self.has_bell else []
+
+    def _renew(self, run_id: str) -> None:
+        for page in self.pages:
+            if isinstance(page, TextPage) and _is_about(page, run_id):
+                page.renew()
+
+
+def _is_about(page: TextPage, run_id: str) -> bool:
+    return isinstance(page.about, Run) and page.about.run_id == run_id
+
+
+def table_of(row: Any) -> str:
+    """Return which table a row is of."""
+    return (
+        "clusters" if isinstance(row, ClusterView) else next(name for name, kind in TABLES.items() if type(row) is kind)
+    )
+
+
+def parse_search(text: str) -> re.Pattern[str] | None:
+    """Return what a page is searched for: a regular expression, or a text where it is none; None for nothing."""
+    if not text:
+        return None
+    try:
+        return re.compile(text, re.IGNORECASE)
+    except (re.error, RecursionError, OverflowError):
+        return re.compile(re.escape(text), re.IGNORECASE)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Dashboard: keys
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Key(NamedTuple):
+    """A key, what it does, and how help and footer tell of it."""
+
+    names: tuple[str, ...]  # a character, or Textual's name; "g r": one after the other
+    act: Callable[[Desk], None]
+    shown: str
+    words: str
+    hint: str = ""  # in the footer of lists
+
+
+def press(desk: Desk, pending: str, name: str) -> str:
+    """Do what a key is for, given the keys before it that await another; return those that do after it."""
+    desk.is_touched = True
+    whole = f"{pending} {name}".strip()
+    if any(other.startswith(whole + " ") for key in KEYS for other in key.names):
+        return whole
+    if name.isdigit() and not pending:
+        _choose_numbered(desk, int(name))
+    for key in KEYS:
+        if whole in key.names:
+            key.act(desk)
+    return ""
+
+
+def _mover(pages: float = 0, rows: int = 0) -> Callable[[Desk], None]:
+    return lambda desk: desk.page.move(rows or int(pages * max(1, desk.height - 2)), desk.height)
+
+
+def _viewer(name: str) -> Callable[[Desk], None]:
+    return lambda desk: desk.show(name)
+
+
+def _effect(kind: str, value: Any = None) -> Callable[[Desk], None]:
+    return lambda desk: desk.effects.append(Effect(kind, value))
+
+
+def back(desk: Desk) -> None:
+    """Leave the page; in a list: drop the filter, then the cluster, then go to the runs."""
+    if len(desk.pages) > 1:
+        desk.pages.pop()
+    elif desk.listed.filter:
+        desk.set_filter("")
+    elif desk.cluster:
+        desk.choose_cluster("")
+    else:
+        desk.show("runs")
+
+
+def open_row(desk: Desk) -> None:
+    """Show the row under the cursor whole."""
+    row = desk.row
+    if isinstance(desk.page, TextPage) or row is None:
+        return
+    if not isinstance(row, Run):
+        _describe(desk)
+        return
+    desk.push(
+        TextPage(
+            "run",
+            safe_text(row.run_id),
+            lambda width, moment: run_lines(desk.row_now(row), desk.details_of(row.run_id), width, moment),
+            row,
+        )
+    )
+    desk.effects.append(Effect("details", row.run_id))
+
+
+def open_logs(desk: Desk) -> None:
+    """Show the log of the run that is meant."""
+    row = desk.row
+    if not isinstance(row, Run):
+        desk.say("logs are of runs: choose one first")
+        return
+    desk.push(LogPage(row))
+    desk.effects.append(Effect("logs", row))
+
+
+def _describe(desk: Desk) -> None:
+    row = desk.row
+    if row is not None:
+        make = lambda width, moment: describe_lines(desk.row_now(row), width, moment)  # noqa: E731 - closes over row
+        desk.push(TextPage("describe", _title_of(row), make, row))
+
+
+def _yaml(desk: Desk) -> None:
+    row = desk.row
+    if row is not None:
+        make = lambda width, moment: yaml_lines(desk.row_now(row), width)  # noqa: E731 - closes over row
+        desk.push(TextPage("yaml", _title_of(row), make, row))
+
+
+def _title_of(row: Any) -> str:
+    return safe_text(row.run_id if isinstance(row, Run) else row.name)
+
+
+def _help(desk: Desk) -> None:
+    desk.push(TextPage("help", "keys", lambda width, moment: help_lines(width)))
+
+
+def _sort(desk: Desk) -> None:
+    """Sort by the next column that is shown."""
+    page = desk.listed
+    shown = [field for field, _ in page.layout] or page.fields()
+    place = shown.index(page.sorted_by) if page.sorted_by in shown else -1
+    sort_by(desk, shown[(place + 1) % len(shown)])
+
+
+def sort_by(desk: Desk, field: Field) -> None:
+    """Sort the list by a column; by the same once more: the other way round."""
+    desk.listed.sort_by(field)
+    desk.refill(desk.listed.view.table)
+    desk.say(f"sorted by {field.title}{', reversed' if desk.listed.is_reversed else ''}")
+
+
+def _attention(desk: Desk) -> None:
+    desk.attention = not desk.attention
+    desk.listed.cursor, desk.listed.top = None, 0
+    desk.refill("runs")
+    desk.say("blocked and failed runs first" if desk.attention else "no run before others")
+
+
+def _next_cluster(desk: Desk) -> None:
+    names = ["", *(state.name for state in desk.board.clusters)]
+    desk.choose_cluster(names[(names.index(desk.cluster) + 1) % len(names)] if desk.cluster in names else "")
+
+
+def _choose_numbered(desk: Desk, number: int) -> None:
+    clusters = desk.board.clusters
+    if number <= len(clusters):
+        desk.choose_cluster(clusters[number - 1].name if number else "")
+
+
+def _wide(desk: Desk) -> None:
+    desk.listed.is_wide = not desk.listed.is_wide
+    desk.say("all columns, as far as there is room" if desk.listed.is_wide else "the usual columns")
+
+
+def _follow(desk: Desk) -> None:
+    page = desk.page
+    if isinstance(page, LogPage):
+        page.is_following = not page.is_following
+    else:
+        desk.say("f follows a log: open one with l")
+
+
+def _times(desk: Desk) -> None:
+    if isinstance(desk.page, LogPage):
+        desk.page.has_times = not desk.page.has_times
+        desk.page.renew()
+
+
+def _copy(desk: Desk) -> None:
+    row = desk.row
+    if row is not None:
+        name = row.run_id if isinstance(row, Run) else row.name
+        desk.effects.append(Effect("copy", name))
+        desk.say(f"copied {safe_text(name)}")
+
+
+def _finder(direction: int) -> Callable[[Desk], None]:
+    def find(desk: Desk) -> None:
+        if isinstance(desk.page, TextPage) and desk.page.search and not desk.page.find(direction):
+            desk.say("nothing like that here")
+
+    return find
+
+
+def _bell(desk: Desk) -> None:
+    desk.has_bell = not desk.has_bell
+    desk.say(f"the bell at new human gates is {'on' if desk.has_bell else 'off'}")
+
+
+KEYS: Final = (
+    Key(("j", "down"), _mover(rows=1), "j ↓", "down"),
+    Key(("k", "up"), _mover(rows=-1), "k ↑", "up"),
+    Key(("pagedown", "ctrl+f", " "), _mover(1), "PgDn space", "a page down"),
+    Key(("pageup", "ctrl+b"), _mover(-1), "PgUp", "a page up"),
+    Key(("ctrl+d",), _mover(0.5), "^D", "half a page down"),
+    Key(("ctrl+u",), _mover(-0.5), "^U", "half a page up"),
+    Key(("g g", "home"), _mover(rows=-INT_MAX), "g g Home", "to the top"),
+    Key(("G", "end"), _mover(rows=INT_MAX), "G End", "to the end"),
+    Key(("enter", "right"), open_row, "Enter →", "the run, or the row, whole", "open"),
+    Key(("escape", "h", "left"), back, "Esc h ←", "back; in a list: drop the filter, then the cluster"),
+    Key(("l",), open_logs, "l", "the run's log", "logs"),
+    Key(("d",), _describe, "d", "describe: every column"),
+    Key(("y",), _yaml, "y", "the row as YAML", "yaml"),
+    Key(("g r",), _viewer("runs"), "g r", "runs"),
+    Key(("g s",), _viewer("schedules"), "g s", "schedules"),
+    Key(("g l",), open_logs, "g l", "the run's log"),
+    Key(("g v",), _viewer("storage"), "g v", "storage"),
+    Key(("g w",), _viewer("warnings"), "g w", "warnings"),
+    Key(("g c",), _viewer("clusters"), "g c", "clusters"),
+    Key((":",), _effect("prompt", ":"), ":", "command: runs @prod, logs RUN, sort AGE, theme light", "command"),
+    Key(("/",), _effect("prompt", "/"), "/", "filter: text, regex, !not, status:blocked cluster:prod", "filter"),
+    Key(("n",), _finder(1), "n", "the next match on a page"),
+    Key(("N",), _finder(-1), "N", "the match before"),
+    Key(("a",), _attention, "a", "attention: blocked and failed runs first", "attention"),
+    Key(("s",), _sort, "s", "sort by the next column", "sort"),
+    Key(("S",), lambda desk: sort_by(desk, desk.listed.sorted_by), "S", "the other way round"),
+    Key(("tab",), _next_cluster, "Tab", "the next cluster", "cluster"),
+    Key((), lambda desk: None, "1-9 0", "that cluster; all"),
+    Key(("w",), _wide, "w", "wide: all columns"),
+    Key(("f",), _follow, "f", "follow the log, or stay"),
+    Key(("t",), _times, "t", "times in the log"),
+    Key(("c",), _copy, "c", "copy the id"),
+    Key(("b",), _bell, "b", "bell at new human gates, on or off"),
+    Key(("T",), _effect("theme"), "T", "dark, light"),
+    Key(("?",), _help, "?", "this help", "help"),
+    Key(("q", "ctrl+c", "ctrl+q"), _effect("quit"), "q", "quit", "quit"),
+)
+HELP_TERMS: Final = (
+    ("search", "text or regex, upper and lower case alike; several words: all of them"),
+    ("!nightly", "not that"),
+    ("status:blocked,failed", "a column begins with one of these; also cluster: phase: task: spec: project:"),
+    ("", "template: namespace: run: reason: schedule: class: object:"),
+)
+
+
+def help_lines(width: int) -> list[Line]:
+    """Return what `?` shows: the keys in as many columns as fit, then filters and marks."""
+    cells = max(len(key.shown) + len(key.words) + 6 for key in KEYS)
+    columns = max(1, min(3, width // cells))
+    rows = -(-len(KEYS) // columns)
+    lines = [Line()]
+    for row in range(rows):
+        spans: list[Span] = []
+        for key in KEYS[row::rows]:
+            spans += [(f" {fit(key.shown, 11)} ", "key"), (fit(key.words, max(8, width // columns - 13)), "")]
+        lines.append(Line(tuple(spans)))
+    lines += [Line(), Line(((" FILTER", "title"),))]
+    lines += [Line(((f" {term:<22} ", "key"), (fit(words, max(8, width - 24)), ""))) for term, words in HELP_TERMS]
+    lines += [Line(), Line(((" STATUS", "title"),))]
+    marks = [span for status, mark in STATUS_MARKS.items() for span in ((f" {mark} {status} ", status), (" ", ""))]
+    return [*lines, Line(tuple(marks)), Line(((" it only reads: no key changes a cluster", "dim"),))]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Dashboard: bars
+# ----------------------------------------------------------------------------------------------------------------------
+
+ABOVE_LINES: Final = 3  # of the bars above the page
+
+
+class Chip(NamedTuple):
+    """A part of a bar; a click on it runs its command."""
+
+    spans: tuple[Span, ...]
+    command: str = ""
+
+    @property
+    def cells(self) -> int:
+        """How wide it is."""
+        return sum(_cells_in(text) for text, _ in self.spans)
+
+
+def _cells_in(text: str) -> int:
+    return len(text) if text.isascii() else rich.cells.cell_len(text)
+
+
+def bars_above(desk: Desk, width: int, moment: Moment) -> list[list[Chip]]:
+    """Return what stands above the page: what is seen and where it comes from; the counts; the clusters."""
+    return [_title_bar(desk, width), _count_bar(desk), _cluster_bar(desk, width, moment)]
+
+
+def line_of(chips: Sequence[Chip], base: str) -> Line:
+    """Return a bar as a line."""
+    return Line(tuple(span for chip in chips for span in chip.spans), base)
+
+
+def command_at(chips: Sequence[Chip], x: int) -> str:
+    """Return the command of what stands at a place of a bar; empty where there is none."""
+    left = 0
+    for chip in chips:
+        if left <= x < left + chip.cells:
+            return chip.command
+        left += chip.cells
+    return ""
+
+
+def _title_bar(desk: Desk, width: int) -> list[Chip]:
+    page = desk.page
+    chips = [
+        Chip(((f" {desk.title} ", "brand"),), "runs"),
+        Chip(((f" {desk.listed.name}", "title"),), desk.listed.name),
+    ]
+    if isinstance(page, ListPage):
+        shown, known = len(page.listing), len(desk.board.tables[page.view.table])
+        chips.append(Chip(((f" {shown}" if shown == known else f" {shown} of {known}", "dim"),)))
+    else:
+        chips.append(Chip(((f" > {page.name} {page.title}", "title"),)))
+    if isinstance(page, ListPage) and page.filter:
+        chips.append(Chip(((f"  /{safe_text(page.filter)}", "alarm"),), "filter"))
+    if desk.attention and isinstance(page, ListPage) and page.view.table == "runs":
+        chips.append(Chip((("  ▌attention", BLOCKED),), "attention"))
+    state = (f"{'●' if desk.source.is_live else '○'} {desk.source.words} ", "live" if desk.source.is_live else "stale")
+    room = width - sum(chip.cells for chip in chips)
+    return [*chips, Chip(((fit(state[0], max(0, room), right=True), state[1]),), "clusters")]
+
+
+def _count_bar(desk: Desk) -> list[Chip]:
+    chips = [Chip(((" ", ""),))]
+    for status, mark in STATUS_MARKS.items():
+        count = desk.board.count(status=status, cluster=desk.cluster)
+        if count:
+            chips.append(Chip(((f"{mark} {count} {status}", status), ("  ", "")), f"filter status:{status}"))
+    return chips if len(chips) > 1 else [Chip(((" no runs known", "dim"),))]
+
+
+def _cluster_bar(desk: Desk, width: int, moment: Moment) -> list[Chip]:
+    chips = [_cluster_chip(desk, 0, "", desk.board.count(), "")]
+    for number, state in enumerate(desk.board.clusters, 1):
+        age = moment.stale_age(state.name)
+        chip = _cluster_chip(desk, number, state.name, desk.board.count(cluster=state.name), age)
+        if sum(chip.cells for chip in chips) + chip.cells > width - 2:
+            return [*chips, Chip(((" …", "dim"),), "clusters")]
+        chips.append(chip)
+    return chips
+
+
+def _cluster_chip(desk: Desk, number: int, name: str, count: int, age: str) -> Chip:
+    role = "chosen" if desk.cluster == name else "stale" if age else ""
+    words = f"{safe_text(name) or 'all'} {count}" + (
+        f" ⚠ {age} old" if age not in ("", "never") else " ⚠ not synced" if age else ""
+    )
+    digit = f" {number} " if number < 10 else " "
+    return Chip(
+        ((digit, "key" if desk.cluster != name else "chosen"), (f"{words} ", role), (" ", "")), f"cluster {name}"
+    )
+
+
+def bar_below(desk: Desk, pending: str, width: int) -> list[Chip]:
+    """Return what stands below the page: what the person is told, else the keys."""
+    if desk.notice:
+        return [Chip(((fit(f" {desk.notice}", width), "notice"),))]
+    if pending:
+        words = ", ".join(
+            f"{name[2:]} {key.words}" for key in KEYS for name in key.names if name.startswith(pending + " ")
+        )
+        return [Chip(((fit(f" {pending} … {words}", width), "notice"),))]
+    hints = [(key.shown.split()[0], key.hint) for key in KEYS if key.hint]
+    if isinstance(desk.page, LogPage):
+        hints = [
+            ("Esc", "back"),
+            ("f", "follow"),
+            ("t", "times"),
+            ("/", "search"),
+            ("n", "next"),
+            ("?", "help"),
+            ("q", "quit"),
+        ]
+    elif isinstance(desk.page, TextPage):
+        hints = [
+            ("Esc", "back"),
+            ("l", "logs"),
+            ("y", "yaml"),
+            ("c", "copy id"),
+            ("/", "search"),
+            ("?", "help"),
+            ("q", "quit"),
+        ]
+    chips = [Chip(((f" {key}", "key"), (f" {words} ", "dim"))) for key, words in hints]
+    while sum(chip.cells for chip in chips) > width:
+        chips.pop(-3 if len(chips) > 2 else -1)
+    return chips
+
+
+# What `:` takes, and what is completed.
+
+
+def run_command(desk: Desk, text: str) -> None:
+    """Do what a command says; one that cannot be meant is told of."""
+    words = text.split()
+    cluster = next((word[1:] for word in words if word.startswith("@")), None)
+    name, *rest = [word for word in words if not word.startswith("@")] or [""]
+    if name and name not in _COMMANDS:
+        desk.say(f"no command '{safe_text(name)}': {nearest(name, _COMMANDS)}")
+    elif (cluster is None or _go_to_cluster(desk, cluster)) and name:
+        _COMMANDS[name](desk, rest)
+
+
+def _view_command(name: str) -> Callable[[Desk, Sequence[str]], None]:
+    def show(desk: Desk, words: Sequence[str]) -> None:
+        desk.show(name)
+        if words:
+            desk.set_filter(" ".join(words))
+
+    return show
+
+
+def _key_command(name: str) -> Callable[[Desk, Sequence[str]], object]:
+    return lambda desk, words: press(desk, "", name)
+
+
+def _set_theme(desk: Desk, words: Sequence[str]) -> None:
+    if words and words[0] not in PALETTES:
+        desk.say(f"themes are {', '.join(PALETTES)}")
+    else:
+        desk.effects.append(Effect("theme", words[0] if words else None))
+
+
+def _filter_list(desk: Desk, words: Sequence[str]) -> None:
+    desk.pages = [desk.listed]
+    desk.set_filter(" ".join(words))
+
+
+def _go_to_cluster(desk: Desk, name: str) -> bool:
+    names = [state.name for state in desk.board.clusters]
+    if name and name not in names:
+        desk.say(f"no cluster '{safe_text(name)}'" + (f": {nearest(name, names)}" if names else ""))
+        return False
+    desk.choose_cluster(name)
+    return True
+
+
+def _go_to_run(desk: Desk, words: Sequence[str], act: Callable[[Desk], None]) -> None:
+    if words:
+        runs = desk.board.tables["runs"]
+        keys = [key for key in runs if key[0] == words[0]] or [key for key in runs if key[0].startswith(words[0])]
+        if len(keys) != 1:
+            desk.say(f"{len(keys) or 'no'} runs begin with '{safe_text(words[0])}'")
+            return
+        desk.show("runs")
+        page = desk.lists["runs"]
+        if page.listing.index_of(keys[0]) is None:
+            page.filter, desk.cluster = "", ""
+            desk.refill()
+        page.cursor = keys[0]
+        page.reveal(desk.height)
+    act(desk)
+
+
+def _sort_by_title(desk: Desk, words: Sequence[str]) -> None:
+    fields = {field.title.lower(): field for field in desk.listed.view.fields}
+    field = fields.get(words[0].lower()) if words else None
+    if field is None:
+        desk.say(f"sort by {', '.join(fields)}")
+    else:
+        sort_by(desk, field)
+
+
+_COMMANDS: Final[dict[str, Callable[[Desk, Sequence[str]], object]]] = {
+    **{name: _view_command(name) for name in VIEWS},
+    "volumes": _view_command("storage"),
+    "run": lambda desk, words: _go_to_run(desk, words, open_row),
+    "logs": lambda desk, words: _go_to_run(desk, words, open_logs),
+    "cluster": lambda desk, words: _go_to_cluster(desk, words[0] if words else ""),
+    "filter": _filter_list,
+    "sort": _sort_by_title,
+    "theme": _set_theme,
+    "attention": _key_command("a"),
+    "help": _key_command("?"),
+    "quit": _key_command("q"),
+}
+
+
+def complete(desk: Desk, text: str) -> list[str]:
+    """Return what a command that begins so may be, the likeliest first."""
+    head, _, last = text.rpartition(" ")
+    name = head.split()[0] if head else ""
+    if last.startswith("@"):
+        words = [f"@{state.name}" for state in desk.board.clusters]
+    elif not head:
+        words = list(_COMMANDS)
+    elif name in ("run", "logs"):
+        words = [key[0] for key in desk.board.tables["runs"]]
+    elif name == "cluster":
+        words = [state.name for state in desk.board.clusters]
+    elif name == "sort":
+        words = [field.title.lower() for field in desk.listed.view.fields]
+    elif name == "theme":
+        words = list(PALETTES)
+    else:
+        words = [f"status:{status}" for status in STATUS_MARKS]
+    return [f"{head} {word}".lstrip() for word in words if word.startswith(last)][:COMPLETIONS_SHOWN]
+
+
+def completions(desk: Desk, sign: str, text: str) -> list[str]:
+    """Return what is typed at a prompt may become: a command at `:`, a filter's terms at `/`."""
+    if sign == ":":
+        return complete(desk, text)
+    name, colon, value = text.rpartition(" ")[2].lstrip("!").partition(":")
+    words = {"status": list(STATUS_MARKS), "cluster": [state.name for state in desk.board.clusters]}
+    found = words.get(name, []) if colon else TERM_NAMES
+    start = text[: len(text) - len(value if colon else name)]
+    return [start + word + ("" if colon else ":") for word in found if word.startswith(value if colon else name)]
+
+
+def click(desk: Desk, x: int, y: int, clicks: int) -> None:
+    """Do what a click on the page means: choose a row, twice: open it; on a title: sort by it."""
+    page, desk.is_touched = desk.page, True
+    if not isinstance(page, ListPage):
+        return
+    if y == 0:
+        field = page.field_at(x)
+        if field is not None:
+            sort_by(desk, field)
+    elif page.top + y - 1 < len(page.listing):
+        page.point_at(page.top + y - 1)
+        if clicks > 1:
+            open_row(desk)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Dashboard: feed
+# ----------------------------------------------------------------------------------------------------------------------
+
+_EVENT_TABLES: Final = {"run": "runs", "schedule": "schedules", "volume": "volumes", "warning": "cluster_events"}
+
+
+class Feed:
+    """Tells the desk what there is: from the daemon as it happens, from the cache where none answers.
+
+    `tell` is called in the feed's own threads.
+    """
+
+    def __init__(
+        self,
+        cache: str,
+        open_client: Callable[[], Client | None],
+        start_daemon: Callable[[], Client] | None,
+        tell: Callable[[FeedMessage], None],
+    ) -> None:
+        self._cache = cache
+        self._open = open_client
+        self._start_daemon = start_daemon
+        self._tell = tell
+        self._closed = threading.Event()
+        self._asked: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._clients: list[Client] = []
+        self._reader: CacheReader | None = None
+        self._threads = [
+            threading.Thread(target=work, name=f"dashboard {name}", daemon=True)
+            for name, work in (("stream", self._stream), ("questions", self._answer))
+        ]
+
+    def start(self) -> None:
+        """Begin to tell."""
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """Tell no more; returns at once."""
+        self._closed.set()
+        self._asked.put(None)
+        for client in self._clients:
+            client.hang_up()
+
+    def ask_details(self, run_id: str) -> None:
+        """Have a run's events, volumes and warnings told."""
+        self._asked.put(lambda: self._tell_details(run_id))
+
+    def ask_log(self, run: Run) -> None:
+        """Have the log of a run told, and how it goes on."""
+        self._asked.put(lambda: self._tell_kept_log(run.run_id))
+
+    def ask_clusters(self) -> None:
+        """Have the state of the clusters told."""
+        self._asked.put(self._tell_clusters)
+
+    # The stream: the daemon's changes while it answers, the cache meanwhile.
+
+    def _stream(self) -> None:
+        version = None
+        while not self._closed.is_set():
+            client = self._connect()
+            if client is None:
+                version = self._tell_cache(version)
+                self._closed.wait(RECONNECT_S)
+                continue
+            try:
+                self._follow(client)
+            except (NotRunningError, RemoteError) as error:
+                self._lost(error)
+            finally:
+                self._clients.remove(client)
+                client.close()
+                version = None
+
+    def _connect(self) -> Client | None:
+        client = self._open()
+        if client is None and self._start_daemon is not None:
+            start, self._start_daemon = self._start_daemon, None
+            self._tell(SourceTold("starting the daemon"))
+            try:
+                client = start()
+            except FabrikError as error:
+                self._tell(NoticeTold(f"the daemon did not start: {safe_text(error)}"))
+        if client is not None:
+            self._clients.append(client)
+        return client
+
+    def _lost(self, error: FabrikError) -> None:
+        if not self._closed.is_set():
+            self._tell(SourceTold("no daemon: the cache"))
+            self._tell(NoticeTold(f"{safe_text(error)}; the cache is shown until one answers"))
+
+    def _follow(self, client: Client) -> None:
+        client.wait_forever()
+        pieces: dict[str, list[Any]] = {}
+        for message in client.follow("subscribe", clusters=["*"], snapshot=True):
+            kind, _, change = str(message["type"]).partition(":")
+            if kind in _EVENT_TABLES:
+                row = row_from(_EVENT_TABLES[kind], message["row"])
+                self._tell(ChangeTold(_EVENT_TABLES[kind], row, is_removed=change == "removed"))
+            elif kind == "cluster":
+                self.ask_clusters()
+            elif kind == "subscribed":
+                self._tell_cache(None)
+                self._tell(SourceTold("live", is_live=True))
+                self.ask_clusters()
+            elif kind == "snapshot":
+                for table in TABLES:
+                    pieces.setdefault(table, []).extend(row_from(table, said) for said in message.get(table) or ())
+                if message.get("last"):
+                    self.ask_clusters()
+                    self._tell(RowsTold(pieces))
+                    self._tell(SourceTold("live", is_live=True))
+                    pieces = {}
+
+    def _tell_cache(self, version: int | None) -> int | None:
+        """Tell what the cache holds, if it was written since it had this version; return the version it has."""
+        try:
+            if self._reader is None:
+                self._reader = CacheReader(self._cache)
+            found = int(self._reader.rows("PRAGMA data_version")[0]["data_version"])
+            if found != version:
+                self._tell(cached_rows(self._reader))
+                self._tell(SourceTold("no daemon: the cache"))
+        except CacheError as error:
+            self._reader = None
+            self._tell(SourceTold(f"no daemon, {safe_text(error.message)}"))
+            return None
+        return found
+
+    # Questions: one after the other, each on a connection of its own.
+
+    def _answer(self) -> None:
+        for work in iter(self._asked.get, None):
+            if not self._closed.is_set():
+                with contextlib.suppress(CacheError, RemoteError):
+                    work()
+
+    def _ask(self, action: str, **fields: Any) -> JsonObject | None:
+        """Return the daemon's answer; None where none answers."""
+        client = self._open()
+        if client is None:
+            return None
+        try:
+            return client.ask(action, **fields)
+        except NotRunningError:
+            return None
+        finally:
+            client.close()
+
+    def _tell_clusters(self) -> None:
+        reply = self._ask("status")
+        if reply is not None:
+            self._tell(RowsTold({"clusters": [_cluster_from_status(said) for said in reply["clusters"]]}))
+
+    def _tell_details(self, run_id: str) -> None:
+        self._tell(DetailsTold(run_id, self._details_of(run_id)))
+
+    def _tell_kept_log(self, run_id: str) -> None:
+        texts = log_texts(self._details_of(run_id).get("events") or [])
+        self._tell(LogTold(run_id, texts, "the lines that were kept of this run", anew=True))
+
+    def _details_of(self, run_id: str) -> JsonObject:
+        reply = self._ask("runs.show", run=run_id)
+        if reply is not None:
+            details: JsonObject = reply["run"]
+            return details
+        with contextlib.closing(CacheReader(self._cache)) as reader:
+            return reader.run_details(run_id)
+
+
+def row_from(table: str, said: JsonObject) -> TableRow:
+    """Return a row as the daemon said it; columns that only another version knows are left out."""
+    kind = TABLES[table]
+    return kind(**{name: value for name, value in said.items() if name in kind._fields})
+
+
+def cached_rows(reader: CacheReader) -> RowsTold:
+    """Return all rows of the cache, the clusters' states among them. Raises CacheError."""
+    tables: dict[str, list[Any]] = {}
+    try:
+        for table, kind in TABLES.items():
+            gone = " WHERE deleted_at IS NULL" if table == "volumes" else ""
+            found = reader.connection.execute(f"SELECT {', '.join(kind._fields)} FROM {table}{gone}")  # noqa: S608
+            tables[table] = [kind(*values) for values in found]
+    except sqlite3.Error as error:
+        raise CacheError(f"the cache cannot be read: {error}") from None
+    watches: dict[str, list[JsonObject]] = {}
+    for watch in reader.rows("SELECT * FROM watches ORDER BY namespace, resource"):
+        watches.setdefault(watch["cluster"], []).append(watch)
+    columns = "SELECT name, server, priority, last_event_at, error, uid FROM clusters"
+    fresh = {part.cluster: part for part in reader.freshness()}
+    tables["clusters"] = [
+        ClusterView(
+            **row,
+            connected=fresh[row["name"]].connected,
+            synced_at=fresh[row["name"]].synced_at,
+            watches=tuple(watches.get(row["name"], ())),
+        )
+        for row in reader.rows(columns)
+    ]
+    return RowsTold(tables)
+
+
+def _cluster_from_status(said: JsonObject) -> ClusterView:
+    names = ("name", "server", "priority", "connected", "synced_at", "last_event_at", "error", "uid")
+    known: JsonObject = {name: said.get(name) for name in names}
+    skew_s = said.get("clock_skew_seconds") or 0.0
+    return ClusterView(**known, skew_s=skew_s, watches=tuple(said.get("watches") or ()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Dashboard: screens
+# ----------------------------------------------------------------------------------------------------------------------
+
+_CSS: Final = f"""
+Screen {{ overflow: hidden; }}
+Bar {{ height: 1; }}
+#above {{ height: {ABOVE_LINES}; }}
+Rows {{ height: 1fr; scrollbar-size-vertical: 1; overflow-x: hidden; overflow-y: auto; }}
+Prompt {{ height: 1; display: none; layout: horizontal; }}
+Prompt Bar {{ width: 3; }}
+Prompt Input {{ border: none; padding: 0; height: 1; width: 1fr; }}
+Prompt Input:focus {{ border: none; }}
+"""
+_THEMES: Final[dict[str, Any]] = {  # what Textual itself paints: scrollbars and the prompt
+    "dark": {"primary": "#7aa2f7", "background": "#14171f", "surface": "#1d212c", "panel": "#1d212c", "dark": True},
+    "light": {"primary": "#2a5bd7", "background": "#fbfbfc", "surface": "#eceef2", "panel": "#eceef2", "dark": False},
+}
+
+
+class DashboardOptions(NamedTuple):
+    """How the dashboard begins."""
+
+    palette: str = "dark"
+    has_bell: bool = False
+    title: Callable[[], str] = lambda: "fabrik"
+    is_over: Callable[[], bool] = lambda: False  # then it ends, unless somebody has pressed a key
+
+
+class Painter:
+    """Lines -> strips, in one palette."""
+
+    def __init__(self, palette: str) -> None:
+        self.palette = palette
+        self._styles: dict[tuple[str, str], rich.style.Style] = {}
+
+    def paint(self, line: Line, width: int) -> textual.strip.Strip:
+        """Return a line in exactly so many cells. No text is ever taken for markup."""
+        segments = [rich.segment.Segment(text, self._style(role, line.base)) for text, role in line.spans if text]
+        return textual.strip.Strip(segments).adjust_cell_length(width, self._style("", line.base))
+
+    def _style(self, role: str, base: str) -> rich.style.Style:
+        style = self._styles.get((role, base))
+        if style is None:
+            style = self._styles[role, base] = style_of(self.palette, role, base)
+        return style
+
+
+def _widget_classes() -> Any:  # noqa: C901 - its classes' methods count
+    """Return the classes of bars, of the rows, and of the prompt."""
+
+    class Bar(textual.widget.Widget):
+        """Lines at an edge of the screen; a click on one of its chips runs that one's command."""
+
+        def __init__(self, **more: Any) -> None:
+            super().__init__(**more)
+            self._chips: list[list[Chip]] = []
+            self._lines: list[Line] = []
+            self.painter = Painter("dark")
+
+        def show(self, bars: list[list[Chip]]) -> None:
+            """Show these from now on."""
+            lines = [line_of(chips, "bar" if place == 0 else "") for place, chips in enumerate(bars)]
+            self._chips = bars
+            if lines != self._lines:
+                self._lines = lines
+                self.refresh()
+
+        def render_line(self, y: int) -> textual.strip.Strip:
+            return self.painter.paint(self._lines[y] if y < len(self._lines) else Line(), self.size.width)
+
+        def on_click(self, event: textual.events.Click) -> None:
+            command = command_at(self._chips[event.y], event.x) if event.y < len(self._chips) else ""
+            if command:
+                self.app.do_command(command)  # type: ignore[attr-defined]
+
+    class Rows(textual.scroll_view.ScrollView):
+        """A page's lines; only those that are seen are ever made, and of them only those that changed are drawn."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self._lines: list[Line] = []
+            self._is_syncing = False
+            self.painter = Painter("dark")
+
+        def show(self, desk: Desk, moment: Moment) -> None:
+            """Show the desk's page as it is now."""
+            page, size = desk.page, self.scrollable_content_region.size
+            desk.height = size.height
+            lines = page.draw(size.width, size.height, moment)
+            self._is_syncing = True
+            whole = textual.geometry.Size(size.width, page.size(size.width, moment) + page.headings)
+            if self.virtual_size != whole:
+                self.virtual_size = whole
+            self.scroll_target_y = self.scroll_y = page.top
+            self._is_syncing = False
+            before, self._lines = self._lines, lines
+            if len(before) != len(lines):
+                self.refresh()
+                return
+            for y, line in enumerate(lines):
+                if line != before[y]:
+                    self.refresh(textual.geometry.Region(0, y, size.width, 1))
+
+        def watch_scroll_y(self, old_value: float, new_value: float) -> None:
+            super().watch_scroll_y(old_value, new_value)
+            if not self._is_syncing:
+                self.app.on_scrolled(round(new_value))  # type: ignore[attr-defined]
+
+        def render_line(self, y: int) -> textual.strip.Strip:
+            return self.painter.paint(self._lines[y] if y < len(self._lines) else Line(), self.size.width)
+
+        def on_click(self, event: textual.events.Click) -> None:
+            self.app.on_row_clicked(event.x, event.y, event.chain)  # type: ignore[attr-defined]
+
+    class Prompt(textual.widget.Widget):
+        """Where commands and filters are typed."""
+
+        def compose(self) -> Iterator[textual.widget.Widget]:
+            yield Bar()
+            yield textual.widgets.Input(select_on_focus=False)
+
+    return Bar, Rows, Prompt
+
+
+def make_dashboard(  # noqa: C901 - its classes' methods count
+    desk: Desk, make_feed: Callable[[Callable[[FeedMessage], None]], Feed], options: DashboardOptions
+) -> textual.app.App[int]:
+    """Return the app; its classes stand in functions, since importing what they inherit from takes 130 ms."""
+    bar_class, rows_class, prompt_class = _widget_classes()
+
+    class Completion(textual.suggester.Suggester):
+        """Completes what is typed at the prompt."""
+
+        async def get_suggestion(self, value: str) -> str | None:
+            return next(iter(completions(desk, app.sign, value)), None) if value else None
+
+    class Dashboard(textual.app.App[int]):
+        """Keys, clicks and the feed's messages -> the desk; the desk -> the screen."""
+
+        CSS = _CSS
+        ENABLE_COMMAND_PALETTE = False
+        AUTO_FOCUS = None
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.sign = ""  # of the open prompt: ":" or "/"
+            self._pending = ""  # keys that await another
+            self._told: deque[FeedMessage] = deque()
+            self._is_woken = False
+            self._drawn_at = 0.0
+            self._draws_soon = False
+            self._ticks = 0
+            self._feed = make_feed(self._on_told)
+
+        def compose(self) -> Iterator[textual.widget.Widget]:
+            yield bar_class(id="above")
+            yield rows_class()
+            yield bar_class(id="below")
+            yield prompt_class()
+
+        def on_mount(self) -> None:
+            for name, colours in _THEMES.items():
+                self.register_theme(textual.theme.Theme(name=f"fabrik-{name}", **colours))
+            self.use_palette(options.palette)
+            self.query_one("Input", textual.widgets.Input).suggester = Completion(use_cache=False, case_sensitive=True)
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):  # not in the main thread
+                    loop.add_signal_handler(number, self.exit, 128 + number)
+            self.set_interval(1.0, self._tick)
+            self._feed.start()
+
+        def use_palette(self, name: str) -> None:
+            """Paint in other colours."""
+            self.theme = f"fabrik-{name}" if name in _THEMES else "ansi-dark"
+            self.palette = name
+            for widget in self.query("Bar, Rows"):
+                widget.painter = Painter(name)  # type: ignore[attr-defined]
+                widget.refresh()
+
+        # Messages of the feed
+
+        def _on_told(self, message: FeedMessage) -> None:
+            """Take a message in the feed's thread."""
+            self._told.append(message)
+            if not self._is_woken:
+                self._is_woken = True
+                self.call_later(self._take_told)
+
+        def _take_told(self) -> None:
+            self._is_woken = False
+            while self._told:
+                desk.take(self._told.popleft())
+            self.draw_soon()
+
+        def _tick(self) -> None:
+            self._ticks += 1
+            if self._ticks % CLUSTERS_EVERY_TICKS == 0 and desk.source.is_live:
+                self._feed.ask_clusters()
+            if options.is_over() and not desk.is_touched:
+                self.exit(0)
+            self.draw()
+
+        # Drawing
+
+        def draw_soon(self) -> None:
+            """Draw, but not more often than anybody could see."""
+            if self._draws_soon:
+                return
+            wait_s = self._drawn_at + DRAW_EVERY_S - time.monotonic()
+            if wait_s <= 0:
+                self.draw()
+            else:
+                self._draws_soon = True
+                self.set_timer(wait_s, self.draw)
+
+        def draw(self) -> None:
+            """Bring the screen up to date."""
+            self._draws_soon, self._drawn_at = False, time.monotonic()
+            moment, width, desk.title = desk.moment(time.time()), self.size.width, options.title()
+            self.query_one("Rows", rows_class).show(desk, moment)
+            self.query_one("#above", bar_class).show(bars_above(desk, width, moment))
+            self.query_one("#below", bar_class).show([bar_below(desk, self._pending, width)])
+            self._do_effects()
+
+        def on_resize(self) -> None:
+            self.call_after_refresh(self.draw)
+
+        # What the person does
+
+        def on_key(self, event: textual.events.Key) -> None:
+            name = event.character if event.is_printable and event.character else event.key
+            if self.sign:
+                self._on_prompt_key(event)
+                return
+            event.stop()
+            event.prevent_default()
+            self._pending = press(desk, self._pending, name)
+            self.draw()
+
+        def _on_prompt_key(self, event: textual.events.Key) -> None:
+            field = self.query_one("Input", textual.widgets.Input)
+            if event.key in ("escape", "ctrl+c"):
+                if self.sign == "/":
+                    desk.set_filter("")
+                self.close_prompt()
+            elif event.key == "tab":
+                field.value = next(iter(completions(desk, self.sign, field.value)), field.value)
+                field.cursor_position = len(field.value)
+            elif event.is_printable and event.character:  # typed before the prompt had the focus
+                field.insert_text_at_cursor(event.character)
+            else:
+                return
+            event.stop()
+            event.prevent_default()
+
+        def open_prompt(self, sign: str) -> None:
+            """Let something be typed."""
+            self.sign = sign
+            prompt = self.query_one("Prompt")
+            prompt.display = True
+            prompt.query_one("Bar", bar_class).show([[Chip(((f" {sign} ", "key"),))]])
+            field = prompt.query_one("Input", textual.widgets.Input)
+            field.value = desk.page.filter if sign == "/" and isinstance(desk.page, ListPage) else ""
+            field.cursor_position = len(field.value)
+            self.set_focus(field)
+
+        def close_prompt(self) -> None:
+            """Have keys mean keys again."""
+            self.sign = ""
+            self.query_one("Prompt").display = False
+            self.set_focus(None)
+            self.draw()
+
+        def on_input_changed(self, event: textual.widgets.Input.Changed) -> None:
+            if self.sign == "/":
+                desk.set_filter(event.value)
+            elif self.sign:
+                desk.say("  ".join(completions(desk, ":", event.value)))
+            self.draw()
+
+        def on_input_submitted(self, event: textual.widgets.Input.Submitted) -> None:
+            sign = self.sign
+            self.close_prompt()
+            if sign == ":":
+                self.do_command(event.value)
+
+        def do_command(self, text: str) -> None:
+            """Do what a command or a click says."""
+            run_command(desk, text)
+            self.draw()
+
+        def on_scrolled(self, top: int) -> None:
+            """Show the lines from there on."""
+            if top != desk.page.top:
+                desk.page.top = top
+                if isinstance(desk.page, LogPage):
+                    desk.page.is_following = False
+                self.draw_soon()
+
+        def on_row_clicked(self, x: int, y: int, clicks: int) -> None:
+            """Choose a row, open it, or sort by a column."""
+            click(desk, x, y, clicks)
+            self.draw()
+
+        # What the desk wants done
+
+        def _do_effects(self) -> None:
+            for effect in desk.take_effects():
+                if effect.kind == "quit":
+                    self.exit(0)
+                elif effect.kind == "prompt":
+                    self.open_prompt(effect.value)
+                elif effect.kind == "copy":
+                    self.copy_to_clipboard(effect.value)
+                elif effect.kind == "bell":
+                    self.bell()
+                elif effect.kind == "theme":
+                    self.use_palette(effect.value or ("light" if self.palette == "dark" else "dark"))
+                elif effect.kind == "suspend":
+                    self.action_suspend_process()
+                elif effect.kind == "details":
+                    self._feed.ask_details(effect.value)
+                elif effect.kind == "logs":
+                    self._feed.ask_log(effect.value)
+
+    app = Dashboard()
+    return app
+
+
+def run_dashboard(
+    settings: Settings,
+    open_client: Callable[[], Client | None],
+    start_daemon: Callable[[], Client] | None,
+    options: DashboardOptions,
+) -> int:
+    """Show the dashboard until it is left; return the exit code. The cache is on the screen before anybody is asked."""
+    gc.disable()  # imports and the first rows make no garbage
+    desk = Desk()
+    desk.has_bell = options.has_bell
+    with contextlib.suppress(CacheError), contextlib.closing(CacheReader(settings.cache)) as reader:
+        desk.take(cached_rows(reader))
+    app = make_dashboard(desk, lambda tell: Feed(settings.cache, open_client, start_daemon, tell), options)
+    gc.freeze()
+    gc.enable()
+    code = app.run()
+    return int(code if code is not None else app.return_code or 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -12365,9 +14856,8 @@ def format_demo(rows: DemoRows, now: float, width: int | None, height: int | Non
 
 def run_demo(out: TextIO, environment: Mapping[str, str], speed: float | None) -> int:
     """Show the scripted clusters as a daemon of their own sees them. Raises FabrikError."""
-    is_terminal = out.isatty() and environment.get("TERM", "dumb") != "dumb"
-    screen = DemoScreen(out) if is_terminal else None
-    demo = Demo(environment, speed or (1.0 if is_terminal else _PIPED_SPEED), screen)
+    is_terminal = out.isatty() and sys.stdin.isatty() and environment.get("TERM", "dumb") != "dumb"
+    demo = Demo(environment, speed or (1.0 if is_terminal else _PIPED_SPEED), on_screen=is_terminal)
     code = demo.run()
     if code == 0:
         width = shutil.get_terminal_size().columns if is_terminal else None
@@ -12375,78 +14865,31 @@ def run_demo(out: TextIO, environment: Mapping[str, str], speed: float | None) -
     return code
 
 
-class DemoScreen:
-    """A terminal's alternate screen and keys; after `close` both are as they were."""
-
-    def __init__(self, out: TextIO) -> None:
-        self._out = out
-        self._keys = sys.stdin.fileno() if sys.stdin and sys.stdin.isatty() else -1
-        self._modes: list[Any] = []
-        self._drawn = ""
-
-    def open(self) -> None:
-        """Take the terminal: no echo, no line to wait for, no ^Z, which would leave the cursor hidden."""
-        if self._keys >= 0:
-            self._modes = termios.tcgetattr(self._keys)
-            modes = termios.tcgetattr(self._keys)
-            modes[3] &= ~(termios.ICANON | termios.ECHO)
-            modes[6][termios.VMIN], modes[6][termios.VTIME] = 0, 0
-            modes[6][termios.VSUSP] = bytes([os.fpathconf(self._keys, "PC_VDISABLE")])
-            termios.tcsetattr(self._keys, termios.TCSADRAIN, modes)
-        self._write("\x1b[?1049h\x1b[?25l")
-
-    def close(self) -> None:
-        """Give the terminal back."""
-        with contextlib.suppress(OSError, ValueError):  # it may be gone
-            self._write("\x1b[?25h\x1b[?1049l")
-        if self._modes:
-            with contextlib.suppress(termios.error):
-                termios.tcsetattr(self._keys, termios.TCSADRAIN, self._modes)
-
-    def draw(self, title: str, rows: DemoRows) -> None:
-        """Show a title and the rows, if that changes anything."""
-        size = os.get_terminal_size(self._out.fileno())  # not $LINES, which a resize leaves as it was
-        width = (size.columns or 80) - 1  # past a full line, erasing to its end takes the last cell with it
-        text = f"{title[:width]}\n\n" + format_demo(rows, time.time(), width, (size.lines or 24) - 2)
-        if text != self._drawn:
-            self._drawn = text
-            self._write("\x1b[H" + text.rstrip("\n").replace("\n", "\x1b[K\n") + "\x1b[K\x1b[J")
-
-    def is_quit(self) -> bool:
-        """Say whether `q` was pressed."""
-        return self._keys >= 0 and b"q" in os.read(self._keys, 64).lower()
-
-    def _write(self, text: str) -> None:
-        self._out.write(text)
-        self._out.flush()
-
-
 class Demo:
     """Two scripted clusters and a daemon that follows them, in a folder that is removed however this ends."""
 
-    def __init__(self, environment: Mapping[str, str], speed: float, screen: DemoScreen | None) -> None:
+    def __init__(self, environment: Mapping[str, str], speed: float, *, on_screen: bool) -> None:
         self.rows = DemoRows()
         self._environment = environment
         self._speed = speed
-        self._screen = screen
+        self._on_screen = on_screen
         # The script's last moment is the clock's: the times in the final table are true at any speed.
         self._steps = deque(demo_steps(time.time() - DEMO_S + DEMO_S / speed))
         self._servers: dict[str, DemoServer] = {}
         self._folder = ""
         self._daemon: subprocess.Popen[bytes] | None = None
         self._reader: CacheReader | None = None
+        self._words = "starting"
         self._signal = 0
         self._is_quit = False
+        self._is_over = False
+        self._error: FabrikError | None = None
 
     def run(self) -> int:
         """Play the script to its end, or until `q` or a signal; return the exit code. Raises FabrikError."""
         with contextlib.ExitStack() as undo:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 undo.callback(signal.signal, number, signal.signal(number, self._on_signal))
-            if self._screen is not None:
-                undo.callback(self._screen.close)
-                self._screen.open()
-                self._screen.draw("fabrik-daemon demo: starting", self.rows)
             for name in DEMO_CLUSTERS:
                 self._servers[name] = DemoServer()
                 undo.callback(self._servers[name].close)
@@ -12457,8 +14900,38 @@ class Demo:
             undo.callback(shutil.rmtree, self._folder, ignore_errors=True)
             undo.callback(self._stop_daemon)
             self._start_daemon()
-            self._play()
+            if self._on_screen:
+                self._play_on_screen()
+            else:
+                self._play()
         return 128 + self._signal if self._signal else 0
+
+    def _play_on_screen(self) -> None:
+        """Play in a thread under the dashboard, which stays after the end where a person has touched it."""
+        player = threading.Thread(target=self._play_in_thread, name="demo player")
+        player.start()
+        cache, path = os.path.join(self._folder, "cache.db"), os.path.join(self._folder, "daemon.sock")
+        settings = settings_from(Flags(cache=cache, socket=path), {}, lambda _: None)
+        options = DashboardOptions(
+            palette_for("auto", self._environment), title=lambda: f"demo: {self._words}", is_over=lambda: self._is_over
+        )
+        try:
+            code = run_dashboard(settings, lambda: connect(settings), None, options)
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, self._on_signal)  # the dashboard's loop took them
+            self._is_quit = True
+            player.join()
+        self._signal = self._signal or (code - 128 if code > 128 else 0)
+        if self._error is not None:
+            raise self._error
+
+    def _play_in_thread(self) -> None:
+        try:
+            self._play()
+        except FabrikError as error:
+            self._error = error
+        self._is_over = True
 
     def _on_signal(self, number: int, _frame: object) -> None:
         self._signal = number  # no exception: it could come between making something and noting that it is there
@@ -12518,9 +14991,9 @@ class Demo:
 
         self._until(is_played, None, "", words)
         self._until(self._is_caught_up, _CATCH_UP_S, "did not take in the last change", words)
-        if self._screen is not None:
+        if self._on_screen:
             lingers_until = time.monotonic() + _LINGER_S
-            self._until(lambda: time.monotonic() > lingers_until, None, "", lambda: "over")
+            self._until(lambda: time.monotonic() > lingers_until, None, "", lambda: "over, q leaves")
 
     def _until(self, holds: Callable[[], bool], limit_s: float | None, trouble: str, words: Callable[[], str]) -> None:
         """Go on looking and showing until something holds, or the user ends it. Raises FabrikError past the limit."""
@@ -12544,8 +15017,6 @@ class Demo:
         if code is not None:
             how = f"by {signal.Signals(-code).name}" if code < 0 else f"with {code}"
             raise FabrikError(f"the demo's daemon was ended {how}", self._last_words())
-        if self._screen is not None and self._screen.is_quit():
-            self._is_quit = True
         return self._is_quit
 
     def _look(self, words: str) -> None:
@@ -12554,8 +15025,7 @@ class Demo:
                 self._reader = CacheReader(os.path.join(self._folder, "cache.db"))
         if self._reader is not None:
             self.rows = demo_rows(self._reader, self.rows)
-        if self._screen is not None:
-            self._screen.draw(f"fabrik-daemon demo: {words}; q ends it", self.rows)
+        self._words = words
 
     def _advance(self, played_s: float) -> None:
         while self._steps and self._steps[0].at_s <= played_s:
@@ -13073,6 +15543,19 @@ def demo(context: Context, arguments: argparse.Namespace) -> int:
     return run_demo(context.out, context.environment, arguments.speed)
 
 
+def dashboard(context: Context, arguments: argparse.Namespace) -> int:
+    """Show all runs of all clusters live, in the terminal."""
+    if not (context.out.isatty() and sys.stdin.isatty()) or context.environment.get("TERM", "dumb") == "dumb":
+        raise UsageError("the dashboard needs a terminal", "use 'fabrik-daemon runs list' or 'runs watch'")
+    options = DashboardOptions(palette_for(arguments.theme, context.environment), arguments.bell)
+    return run_dashboard(
+        context.settings,
+        lambda: connect(context.settings),
+        None if arguments.no_start else lambda: _start_in_background(context),
+        options,
+    )
+
+
 def sync(context: Context, arguments: argparse.Namespace) -> int:
     """List every cluster once, bring the cache up to date, and end."""
     del arguments
@@ -13536,6 +16019,14 @@ def _assignment(text: str) -> tuple[str, str]:
     return name, value
 
 
+def _dashboard_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--theme", choices=("auto", *PALETTES), default="auto", help="colours (default: what suits the terminal)"
+    )
+    parser.add_argument("--bell", action="store_true", help="ring when a run comes to a human gate")
+    parser.add_argument("--no-start", action="store_true", help="show the cache where no daemon runs; start none")
+
+
 def _factor(text: str) -> float:
     factor = float(text)
     if not 0.1 <= factor <= 100:
@@ -13571,6 +16062,13 @@ COMMANDS: Final = (
         ("logs -n 20 --level warning", "logs --follow"),
         _logs_arguments,
         logs,
+    ),
+    Command(
+        "dashboard",
+        "show all runs of all clusters live, in the terminal",
+        ("dashboard", "dashboard --theme light --bell"),
+        _dashboard_arguments,
+        dashboard,
     ),
     Command(
         "demo",
