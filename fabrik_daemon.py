@@ -366,9 +366,11 @@ LOCK_POLL_S: Final = 0.02  # where only asking again tells
 HELPERS_END_S: Final = 0.5  # for helper processes that were killed to be gone
 HELP_COLUMNS: Final = 100
 LAST_WORDS_CHARS: Final = 20_000
+LOG_TAIL_LINES: Final = 1000  # of a log that is opened in the dashboard
 LOG_LINES_SHOWN: Final = 5000  # in the dashboard; `runs logs` shows all
 NOTICE_S: Final = 4.0  # for a person to read a line
 COMPLETIONS_SHOWN: Final = 12
+FEED_END_S: Final = 1.0  # for the threads of the dashboard to end
 RECONNECT_S: Final = 0.5  # between two looks for a daemon, and at the cache meanwhile
 CLUSTERS_EVERY_TICKS: Final = 5  # seconds: how far behind each cluster is
 DRAW_EVERY_S: Final = 0.03
@@ -11054,6 +11056,12 @@ class RemoteClient:
             while self._socket.recv():
                 pass
 
+    def hang_up(self) -> None:
+        """End the connection under a thread that waits for messages; that one closes it."""
+        self._patient = False
+        with contextlib.suppress(OSError):
+            self._socket.abort()  # type: ignore[no-untyped-call]
+
     def close(self) -> None:
         """Close the connection."""
         self._socket.shutdown()  # type: ignore[no-untyped-call]
@@ -12654,10 +12662,8 @@ class LogPage(TextPage):
         self.source = "waiting for the log"
         self._texts: deque[tuple[str, str]] = deque(maxlen=LOG_LINES_SHOWN)  # time and text
 
-    def add(self, texts: Iterable[tuple[str, str]], source: str, *, anew: bool = False) -> None:
+    def add(self, texts: Iterable[tuple[str, str]], source: str) -> None:
         """Take more lines, each with its time, and where they come from."""
-        if anew:
-            self._texts.clear()
         self._texts.extend(texts)
         self.source = source
         self.renew()
@@ -12923,7 +12929,7 @@ def yaml_lines(row: Any, width: int) -> list[Line]:
 
 
 class Effect(NamedTuple):
-    """What a key or a message wants done outside: quit, copy, details, logs, prompt, bell, theme."""
+    """What a key or a message wants done outside: quit, copy, details, prompt, bell, theme, suspend."""
 
     kind: str
     value: Any = None
@@ -12963,7 +12969,6 @@ class LogTold(NamedTuple):
     run_id: str
     texts: Sequence[tuple[str, str]]
     source: str
-    anew: bool = False  # they take the place of those told before
 
 
 class NoticeTold(NamedTuple):
@@ -13050,7 +13055,7 @@ class Desk:
         elif isinstance(message, LogTold):
             for page in self.pages:
                 if isinstance(page, LogPage) and _is_about(page, message.run_id):
-                    page.add(message.texts, message.source, anew=message.anew)
+                    page.add(message.texts, message.source)
         else:
             self.say(message.words)
 
@@ -13229,7 +13234,6 @@ def open_logs(desk: Desk) -> None:
         desk.say("logs are of runs: choose one first")
         return
     desk.push(LogPage(row))
-    desk.effects.append(Effect("logs", row))
 
 
 def _describe(desk: Desk) -> None:
@@ -13663,6 +13667,17 @@ def click(desk: Desk, x: int, y: int, clicks: int) -> None:
 
 _EVENT_TABLES: Final = {"run": "runs", "schedule": "schedules", "volume": "volumes", "warning": "cluster_events"}
 
+AnyClient = Union[Client, RemoteClient]
+
+
+class Places(NamedTuple):
+    """Where the dashboard finds things."""
+
+    cache: str  # empty: the daemon is another host's, and this one's cache is of other clusters
+    open_client: Callable[[Callable[[str], None]], AnyClient | None]  # gets what tells of a connection that breaks
+    open_log: Callable[[str], subprocess.Popen[bytes]] | None = None  # follows a run's log, each line with its time
+    start_daemon: Callable[[], AnyClient] | None = None
+
 
 class Feed:
     """Tells the desk what there is: from the daemon as it happens, from the cache where none answers.
@@ -13670,21 +13685,16 @@ class Feed:
     `tell` is called in the feed's own threads.
     """
 
-    def __init__(
-        self,
-        cache: str,
-        open_client: Callable[[], Client | None],
-        start_daemon: Callable[[], Client] | None,
-        tell: Callable[[FeedMessage], None],
-    ) -> None:
-        self._cache = cache
-        self._open = open_client
-        self._start_daemon = start_daemon
+    def __init__(self, places: Places, tell: Callable[[FeedMessage], None]) -> None:
+        self._places = places
+        self._start_daemon = places.start_daemon
         self._tell = tell
         self._closed = threading.Event()
         self._asked: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._clients: list[Client] = []
+        self._client: AnyClient | None = None
         self._reader: CacheReader | None = None
+        self._log: LogReader | None = None
+        self._is_live = False
         self._threads = [
             threading.Thread(target=work, name=f"dashboard {name}", daemon=True)
             for name, work in (("stream", self._stream), ("questions", self._answer))
@@ -13696,62 +13706,77 @@ class Feed:
             thread.start()
 
     def close(self) -> None:
-        """Tell no more; returns at once."""
+        """Tell no more."""
         self._closed.set()
         self._asked.put(None)
-        for client in self._clients:
-            client.hang_up()
+        self.follow_log("")
+        if self._client is not None:
+            self._client.hang_up()
+        for thread in self._threads:
+            thread.join(FEED_END_S)
 
     def ask_details(self, run_id: str) -> None:
         """Have a run's events, volumes and warnings told."""
         self._asked.put(lambda: self._tell_details(run_id))
 
-    def ask_log(self, run: Run) -> None:
-        """Have the log of a run told, and how it goes on."""
-        self._asked.put(lambda: self._tell_kept_log(run.run_id))
-
     def ask_clusters(self) -> None:
         """Have the state of the clusters told."""
         self._asked.put(self._tell_clusters)
+
+    def follow_log(self, run_id: str) -> None:
+        """Have one run's log told as it comes, and no other's; empty: none."""
+        if run_id == (self._log.run_id if self._log is not None else ""):
+            return
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+        if run_id and self._places.open_log is not None:
+            self._log = LogReader(run_id, self._places.open_log, self._tell)
+        elif run_id:
+            self._asked.put(lambda: self._tell_kept_log(run_id))
 
     # The stream: the daemon's changes while it answers, the cache meanwhile.
 
     def _stream(self) -> None:
         version = None
         while not self._closed.is_set():
-            client = self._connect()
-            if client is None:
+            self._client = self._connect()
+            if self._client is None:
                 version = self._tell_cache(version)
                 self._closed.wait(RECONNECT_S)
                 continue
             try:
-                self._follow(client)
+                self._follow(self._client)
             except (NotRunningError, RemoteError) as error:
                 self._lost(error)
             finally:
-                self._clients.remove(client)
-                client.close()
+                self._client.close()
                 version = None
 
-    def _connect(self) -> Client | None:
-        client = self._open()
-        if client is None and self._start_daemon is not None:
-            start, self._start_daemon = self._start_daemon, None
-            self._tell(SourceTold("starting the daemon"))
-            try:
+    def _connect(self) -> AnyClient | None:
+        try:
+            client = self._places.open_client(self._on_trouble)
+            if client is None and self._start_daemon is not None:
+                start, self._start_daemon = self._start_daemon, None
+                self._tell(SourceTold("starting the daemon"))
                 client = start()
-            except FabrikError as error:
-                self._tell(NoticeTold(f"the daemon did not start: {safe_text(error)}"))
-        if client is not None:
-            self._clients.append(client)
+        except FabrikError as error:
+            self._on_trouble(str(error))
+            return None
         return client
 
-    def _lost(self, error: FabrikError) -> None:
-        if not self._closed.is_set():
-            self._tell(SourceTold("no daemon: the cache"))
-            self._tell(NoticeTold(f"{safe_text(error)}; the cache is shown until one answers"))
+    def _on_trouble(self, words: str) -> None:
+        self._is_live = False
+        self._tell(SourceTold("not connected"))
+        self._tell(NoticeTold(safe_text(words)))
 
-    def _follow(self, client: Client) -> None:
+    def _lost(self, error: FabrikError) -> None:
+        self._is_live = False
+        if not self._closed.is_set():
+            self._tell(SourceTold("no daemon: the cache" if self._places.cache else "no daemon"))
+            self._tell(NoticeTold(f"{safe_text(error)}; what was known is shown until one answers"))
+
+    def _follow(self, client: AnyClient) -> None:
         client.wait_forever()
         pieces: dict[str, list[Any]] = {}
         for message in client.follow("subscribe", clusters=["*"], snapshot=True):
@@ -13761,31 +13786,31 @@ class Feed:
                 self._tell(ChangeTold(_EVENT_TABLES[kind], row, is_removed=change == "removed"))
             elif kind == "cluster":
                 self.ask_clusters()
-            elif kind == "subscribed":
-                self._tell_cache(None)
-                self._tell(SourceTold("live", is_live=True))
-                self.ask_clusters()
             elif kind == "snapshot":
                 for table in TABLES:
                     pieces.setdefault(table, []).extend(row_from(table, said) for said in message.get(table) or ())
                 if message.get("last"):
                     self.ask_clusters()
                     self._tell(RowsTold(pieces))
-                    self._tell(SourceTold("live", is_live=True))
                     pieces = {}
+            if not self._is_live and not pieces and kind != "subscribed":
+                self._is_live = True
+                self._tell(SourceTold("live", is_live=True))
 
     def _tell_cache(self, version: int | None) -> int | None:
         """Tell what the cache holds, if it was written since it had this version; return the version it has."""
+        if not self._places.cache:
+            return None
         try:
             if self._reader is None:
-                self._reader = CacheReader(self._cache)
+                self._reader = CacheReader(self._places.cache)
             found = int(self._reader.rows("PRAGMA data_version")[0]["data_version"])
             if found != version:
                 self._tell(cached_rows(self._reader))
                 self._tell(SourceTold("no daemon: the cache"))
         except CacheError as error:
             self._reader = None
-            self._tell(SourceTold(f"no daemon, {safe_text(error.message)}"))
+            self._tell(SourceTold(f"no daemon: {safe_text(error.message)}"))
             return None
         return found
 
@@ -13794,12 +13819,12 @@ class Feed:
     def _answer(self) -> None:
         for work in iter(self._asked.get, None):
             if not self._closed.is_set():
-                with contextlib.suppress(CacheError, RemoteError):
+                with contextlib.suppress(FabrikError):  # the stream tells what is wrong
                     work()
 
     def _ask(self, action: str, **fields: Any) -> JsonObject | None:
         """Return the daemon's answer; None where none answers."""
-        client = self._open()
+        client = self._places.open_client(lambda line: None)
         if client is None:
             return None
         try:
@@ -13819,15 +13844,79 @@ class Feed:
 
     def _tell_kept_log(self, run_id: str) -> None:
         texts = log_texts(self._details_of(run_id).get("events") or [])
-        self._tell(LogTold(run_id, texts, "the lines that were kept of this run", anew=True))
+        self._tell(LogTold(run_id, texts, "the lines that were kept of this run"))
 
     def _details_of(self, run_id: str) -> JsonObject:
         reply = self._ask("runs.show", run=run_id)
         if reply is not None:
             details: JsonObject = reply["run"]
             return details
-        with contextlib.closing(CacheReader(self._cache)) as reader:
+        if not self._places.cache:
+            return {}
+        with contextlib.closing(CacheReader(self._places.cache)) as reader:
             return reader.run_details(run_id)
+
+
+class LogReader:
+    """Reads one run's log from a process that follows it, in a thread of its own."""
+
+    def __init__(
+        self, run_id: str, open_log: Callable[[str], subprocess.Popen[bytes]], tell: Callable[[FeedMessage], None]
+    ) -> None:
+        self.run_id = run_id
+        self._tell = tell
+        self._process = open_log(run_id)
+        self._source = "following the log"
+        self._is_closed = False
+        threading.Thread(target=self._read, name="dashboard log", daemon=True).start()
+
+    def close(self) -> None:
+        """Read no more; the process ends."""
+        self._is_closed = True
+        self._process.terminate()
+
+    def _read(self) -> None:
+        """Tell lines as they come, those that come together at once; what the process says of itself is the source."""
+        streams = {
+            stream.fileno(): b"" for stream in (self._process.stdout, self._process.stderr) if stream is not None
+        }
+        out = next(iter(streams))
+        while streams and not self._is_closed:
+            for file in select.select(list(streams), [], [])[0]:
+                data = os.read(file, READ_BYTES)
+                *lines, rest = (streams[file] + data).split(b"\n")
+                streams[file] = rest
+                if not data:
+                    del streams[file]
+                self._take([line.decode("utf-8", "replace") for line in lines], is_log=file == out)
+        self._process.wait()
+        if not self._is_closed:
+            self._tell(LogTold(self.run_id, (), f"{self._source}; it is over"))
+
+    def _take(self, lines: Sequence[str], *, is_log: bool) -> None:
+        if not is_log and lines:
+            self._source = safe_text(lines[-1].rpartition(f"{self.run_id}: ")[2].replace("fabrik-daemon: ", ""))
+        texts = [_timed(line) for line in lines] if is_log else []
+        if lines and not self._is_closed:
+            self._tell(LogTold(self.run_id, texts, self._source))
+
+
+def _timed(line: str) -> tuple[str, str]:
+    """Return a log line's time and text; lines that were kept may have no time."""
+    at, _, text = line.partition(" ")
+    return (at, text) if epoch_of(at) is not None else ("", line)
+
+
+def open_log(run_id: str, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a process that follows a run's log: `runs logs`."""
+    words = ("runs", "logs", "--id", run_id, "--follow", "--timestamps", "--tail", str(LOG_TAIL_LINES))
+    return subprocess.Popen(
+        own_command(*words),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=dict(environment),
+    )
 
 
 def row_from(table: str, said: JsonObject) -> TableRow:
@@ -14043,6 +14132,9 @@ def make_dashboard(  # noqa: C901 - its classes' methods count
             self.set_interval(1.0, self._tick)
             self._feed.start()
 
+        def on_unmount(self) -> None:
+            self._feed.close()
+
         def use_palette(self, name: str) -> None:
             """Paint in other colours."""
             self.theme = f"fabrik-{name}" if name in _THEMES else "ansi-dark"
@@ -14194,26 +14286,22 @@ def make_dashboard(  # noqa: C901 - its classes' methods count
                     self.action_suspend_process()
                 elif effect.kind == "details":
                     self._feed.ask_details(effect.value)
-                elif effect.kind == "logs":
-                    self._feed.ask_log(effect.value)
+            logs = [page.about.run_id for page in desk.pages if isinstance(page, LogPage)]
+            self._feed.follow_log(logs[0] if logs else "")
 
     app = Dashboard()
     return app
 
 
-def run_dashboard(
-    settings: Settings,
-    open_client: Callable[[], Client | None],
-    start_daemon: Callable[[], Client] | None,
-    options: DashboardOptions,
-) -> int:
+def run_dashboard(places: Places, options: DashboardOptions) -> int:
     """Show the dashboard until it is left; return the exit code. The cache is on the screen before anybody is asked."""
     gc.disable()  # imports and the first rows make no garbage
     desk = Desk()
     desk.has_bell = options.has_bell
-    with contextlib.suppress(CacheError), contextlib.closing(CacheReader(settings.cache)) as reader:
-        desk.take(cached_rows(reader))
-    app = make_dashboard(desk, lambda tell: Feed(settings.cache, open_client, start_daemon, tell), options)
+    if places.cache:
+        with contextlib.suppress(CacheError), contextlib.closing(CacheReader(places.cache)) as reader:
+            desk.take(cached_rows(reader))
+    app = make_dashboard(desk, lambda tell: Feed(places, tell), options)
     gc.freeze()
     gc.enable()
     code = app.run()
@@ -14916,7 +15004,7 @@ class Demo:
             palette_for("auto", self._environment), title=lambda: f"demo: {self._words}", is_over=lambda: self._is_over
         )
         try:
-            code = run_dashboard(settings, lambda: connect(settings), None, options)
+            code = run_dashboard(Places(cache, lambda tell: connect(settings, tell), self._open_log), options)
         finally:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, self._on_signal)  # the dashboard's loop took them
@@ -14948,21 +15036,28 @@ class Demo:
         for name, text in files.items():
             with open(os.path.join(self._folder, name), "w", encoding="utf-8") as file:
                 file.write(text)
-        places = {
-            "FABRIK_CONFIG": os.path.join(self._folder, "config.yaml"),
-            "FABRIK_CACHE": os.path.join(self._folder, "cache.db"),
-            "FABRIK_SOCKET": os.path.join(self._folder, "daemon.sock"),
-            "KUBECONFIG": kubeconfig,  # else the user's own clusters would be found
-            "TMPDIR": self._folder,
-        }
         with open(os.path.join(self._folder, "log"), "wb") as log:
             self._daemon = subprocess.Popen(
                 own_command("start", "--foreground"),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**self._environment, **places},
+                env=self._own_environment(),
             )
+
+    def _own_environment(self) -> dict[str, str]:
+        names = {"FABRIK_CONFIG": "config.yaml", "FABRIK_CACHE": "cache.db", "FABRIK_SOCKET": "daemon.sock"}
+        places = {variable: os.path.join(self._folder, name) for variable, name in names.items()}
+        # Without a kubeconfig of its own, the user's clusters would be found.
+        return {
+            **self._environment,
+            **places,
+            "KUBECONFIG": os.path.join(self._folder, "kubeconfig"),
+            "TMPDIR": self._folder,
+        }
+
+    def _open_log(self, run_id: str) -> subprocess.Popen[bytes]:
+        return open_log(run_id, self._own_environment())
 
     def _stop_daemon(self) -> None:
         if self._reader is not None:
@@ -15547,13 +15642,18 @@ def dashboard(context: Context, arguments: argparse.Namespace) -> int:
     """Show all runs of all clusters live, in the terminal."""
     if not (context.out.isatty() and sys.stdin.isatty()) or context.environment.get("TERM", "dumb") == "dumb":
         raise UsageError("the dashboard needs a terminal", "use 'fabrik-daemon runs list' or 'runs watch'")
-    options = DashboardOptions(palette_for(arguments.theme, context.environment), arguments.bell)
-    return run_dashboard(
-        context.settings,
-        lambda: connect(context.settings),
-        None if arguments.no_start else lambda: _start_in_background(context),
-        options,
+    settings = context.settings
+    is_here = settings.remote is None
+    environment = {**os.environ, "FABRIK_CONFIG": settings.config, "FABRIK_CACHE": settings.cache}
+    if settings.socket:
+        environment["FABRIK_SOCKET"] = settings.socket
+    places = Places(
+        settings.cache if is_here else "",
+        lambda tell: connect(settings, tell),
+        (lambda run_id: open_log(run_id, environment)) if is_here else None,
+        (lambda: _start_in_background(context)) if is_here and not arguments.no_start else None,
     )
+    return run_dashboard(places, DashboardOptions(palette_for(arguments.theme, context.environment), arguments.bell))
 
 
 def sync(context: Context, arguments: argparse.Namespace) -> int:
@@ -16189,7 +16289,7 @@ _GLOBAL_FLAGS: Final = {
     "--token-file": ("PATH", "where the token of a remote daemon is (default: $FABRIK_TOKEN)"),
     "--ca-file": ("PATH", "the authorities for its certificate (default: this host's)"),
 }
-_REMOTE_COMMANDS: Final = frozenset(("status", "runs list", "runs show", "runs watch", "clusters list"))
+_REMOTE_COMMANDS: Final = frozenset(("status", "runs list", "runs show", "runs watch", "clusters list", "dashboard"))
 
 
 def find_command(words: Sequence[str]) -> tuple[Command, list[str]]:
