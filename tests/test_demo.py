@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import pty
-import re
-import select
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
-import termios
-import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
 from harness import wait_until
+from terminals import Terminal
 
 import fabrik_daemon
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 STARTED_AT: Final = 1_800_000_000.0
 END_S: Final = 60.0  # for a demo that takes twelve seconds on an idle machine
-LOOK_S: Final = 0.5
 SUMMARY: Final = {"pending": 1, "running": 1, "blocked": 1, "finished": 8, "failed": 2, "cancelled": 1}
 
 Change = fabrik_daemon.Change
@@ -239,72 +232,65 @@ def test_a_daemon_that_dies_is_told_of(executable: Path, folder: Path) -> None:
     nothing_is_left(process.pid, folder)
 
 
-class Terminal:
-    """The demo on a pseudo-terminal, and all that it wrote so far."""
+@pytest.fixture
+def terminals(executable: Path, folder: Path) -> Iterator[Callable[..., Terminal]]:
+    """Start demos on terminals; at the end none is left."""
+    started: list[Terminal] = []
 
-    def __init__(self, executable: Path, lines: int, columns: int, *words: str) -> None:
-        self.shown = ""
-        self.pid, self._end = pty.fork()
-        if self.pid == 0:
-            # os.environ, since a library may have set LINES and COLUMNS behind its back.
-            environment = {**os.environ, "TERM": "xterm"}
-            os.execve(sys.executable, [sys.executable, str(executable), "demo", *words], environment)  # noqa: S606
-        fcntl.ioctl(self._end, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
-        self.modes = termios.tcgetattr(self._end)
+    def start(*words: str, lines: int = 24, columns: int = 100) -> Terminal:
+        command = [sys.executable, str(executable), "demo", *words]
+        # os.environ, since a library may have set LINES and COLUMNS behind its back.
+        environment = {**os.environ, "TERM": "xterm-256color"}
+        started.append(Terminal(command, lines=lines, columns=columns, environment=environment))
+        return started[-1]
 
-    def read_until(self, pattern: str) -> str:
-        """Read on until a text appears; return all that was written until then."""
-        deadline = time.monotonic() + END_S
-        while not re.search(pattern, self.shown):
-            assert time.monotonic() < deadline, f"not within {END_S} s: {pattern}\n{self.shown!r}"
-            if select.select([self._end], [], [], LOOK_S)[0]:
-                self.shown += os.read(self._end, 65536).decode()
-        return self.shown
-
-    def press(self, key: bytes) -> None:
-        """Press a key."""
-        os.write(self._end, key)
-
-    def close(self) -> int:
-        """Read to the end; return the exit code."""
-        with contextlib.suppress(OSError):  # EIO, once the other end is closed
-            while data := os.read(self._end, 65536):
-                self.shown += data.decode()
-        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        os.close(self._end)
-        return code
-
-    @property
-    def frames(self) -> list[list[str]]:
-        """The frames drawn on the alternate screen, line by line."""
-        drawn = self.shown.partition("\x1b[?1049h\x1b[?25l")[2].partition("\x1b[?25h\x1b[?1049l")[0]
-        return [frame.replace("\x1b[K", "").replace("\x1b[J", "").splitlines() for frame in drawn.split("\x1b[H")[1:]]
-
-    @property
-    def left(self) -> str:
-        """What stands on the normal screen afterwards."""
-        return self.shown.partition("\x1b[?25h\x1b[?1049l")[2]
+    assert folder.is_dir()
+    yield start
+    for terminal in started:
+        terminal.kill()
 
 
-def test_a_terminal_is_drawn_on_and_given_back(executable: Path, folder: Path, home: Path) -> None:
-    assert home.is_dir()
-    terminal = Terminal(executable, 14, 90, "--speed", "20")
+def test_a_demo_on_a_terminal_is_the_dashboard_and_ends_by_itself(
+    terminals: Callable[..., Terminal], folder: Path
+) -> None:
+    terminal = terminals("--speed", "20", lines=14)
+    terminal.wait_for("demo: .*● live", "● [0-9]+ running", "0 all .* 1 dev .* 2 prod", "RUN .*CLUSTER .*STATUS")
     assert terminal.close() == 0
-    assert "running" in terminal.left
     assert "1 pending, 1 running, 1 blocked" in terminal.left
-    assert len(terminal.frames) > 10
-    assert max(len(frame) for frame in terminal.frames) <= 14
-    assert max(len(line) for frame in terminal.frames for line in frame) < 90
-    assert any("older ones" in line for line in terminal.frames[-1])
+    assert terminal.modes_after == terminal.modes
     nothing_is_left(terminal.pid, folder)
 
 
-@pytest.mark.parametrize(("key", "code"), [(b"q", 0), (b"\x03", 130)], ids=["q", "^C"])
-def test_a_key_ends_it_and_the_terminal_is_as_before(key: bytes, code: int, executable: Path, folder: Path) -> None:
-    terminal = Terminal(executable, 30, 140)
-    terminal.read_until(r"[2-9] s of 60 s(.|\n)* running ")
-    terminal.press(key)
-    terminal.read_until(re.escape("\x1b[?25h\x1b[?1049l"))
+def test_a_demo_that_was_touched_stays_until_it_is_left(terminals: Callable[..., Terminal], folder: Path) -> None:
+    terminal = terminals("--speed", "20", lines=30)
+    terminal.wait_for("● [0-9]+ running")
+    terminal.press(b"a")
+    terminal.wait_for("demo: over, q leaves", "◆ 1 blocked")
+    terminal.read(2.5)  # longer than a demo that nobody touched stays
+    terminal.press(b"q")
+    assert terminal.close() == 0
+    assert "RUN" in terminal.left
+    nothing_is_left(terminal.pid, folder)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_signal_ends_it_and_the_terminal_is_as_before(
+    number: signal.Signals, code: int, terminals: Callable[..., Terminal], folder: Path
+) -> None:
+    terminal = terminals()
+    terminal.wait_for("demo: [2-9] s of 60 s", "● [0-9]+ running")
+    os.kill(terminal.pid, number)
     assert terminal.close() == code
-    assert ("RUN" in terminal.left) == (code == 0)
+    assert terminal.modes_after == terminal.modes
+    assert "\x1b[?25h" in terminal.raw[terminal.raw.index("\x1b[?1049h") :]
+    assert "RUN" not in terminal.left
+    nothing_is_left(terminal.pid, folder)
+
+
+def test_a_daemon_that_dies_under_the_dashboard_ends_the_demo(terminals: Callable[..., Terminal], folder: Path) -> None:
+    terminal = terminals()
+    terminal.wait_for("● [0-9]+ running")
+    os.kill(daemon_pid(folder), signal.SIGKILL)
+    assert terminal.close() == 1
+    assert "the demo's daemon was ended by SIGKILL" in terminal.left
     nothing_is_left(terminal.pid, folder)
