@@ -24,11 +24,14 @@ Core:
     Projection: objects   Kubernetes objects -> facts
     Projection: rows      facts -> rows: the status table, schedules, volumes, warnings
     Filters               what a list or a subscriber asks for
+    Filters: lists        order, time and limit of a list
     Store: rows           the rows known now; differences -> numbered changes
     Store: runs           which objects make up which run
     Store                 what was seen -> what it changes
     Bus                   subscriptions, their queues, lag and snapshots
+    History               a run's timeline, the runs of a moment, statistics
     Schema                DDL, migrations, statements, row <-> values, the SQL authorizer
+    Schema: lists         what reads a list, or the runs that a word may mean
     HTTP                  client and server sides over h11: bytes in, messages out
     Watch decoding        byte lines -> events, list pages, Status objects
     Watch machine         list, watch, bookmark, expire, back off -> actions
@@ -83,6 +86,9 @@ Shell:
     Services: demo server   an API server on loopback that plays a script
     Services: demo        scripted clusters, a daemon that follows them, and what is shown of it
     Commands: reading     one function per command
+    Commands: reading lists
+    Commands: reading runs
+    Commands: reading SQL
     Commands: reading logs
     Commands: daemon and clusters
     Commands: installing
@@ -104,6 +110,7 @@ import time
 from collections import deque, namedtuple
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from datetime import datetime, timedelta, timezone
+from functools import partial
 
 TYPE_CHECKING = False  # as type checkers know it: typing itself costs 3 ms at every start
 if TYPE_CHECKING:
@@ -316,6 +323,7 @@ SEQ_BLOCK: Final = 10_000  # sequence numbers reserved at once, so that a crash 
 QUERY_ROWS: Final = 10_000
 QUERY_MEMORY_BYTES: Final = 512 * 2**20
 RUN_EVENTS_SHOWN: Final = 1000
+LOG_LINES_SHOWN: Final = 10  # of those kept, in `runs show`
 MISSED_MAX: Final = 100  # a schedule that missed more than this is simply off
 POOL_THREADS: Final = 16  # of each pool; name look-ups and helper processes take seconds where they hang
 LOG_RING_LINES: Final = 2000
@@ -442,6 +450,18 @@ class NotSyncedError(FabrikError):
     """What was asked for is not known yet."""
 
     exit_code, http_status, code = 1, 503, "not_synced"
+
+
+class StaleError(FabrikError):
+    """What is known is older than was asked for."""
+
+    exit_code, http_status, code = 6, 503, "stale"
+
+
+class TimedOutError(FabrikError):
+    """What was waited for did not happen in time."""
+
+    exit_code, http_status, code = 7, 504, "timed_out"
 
 
 class NotRunningError(FabrikError):
@@ -778,6 +798,22 @@ def parse_duration(text: str) -> float:
     if seconds > DURATION_MAX_S:
         raise ValueError(f"{text[:40]!r} is no duration; write 30s, 10m, 24h or 7d")
     return seconds
+
+
+def parse_moment(text: str, now: float) -> float:
+    """Return the seconds since 1970 of a time or of how long ago it was: `2h`, `2026-02-16T20:00Z`, `2026-02-16`.
+
+    A time without a zone is in UTC. Raises ValueError.
+    """
+    day, _, rest = text.strip().replace(" ", "T").partition("T")
+    clock = re.fullmatch(r"(\d\d:\d\d)(:\d\d(?:\.\d+)?)?([Zz]|[+-]\d\d:?\d\d)?", rest or "00:00", re.ASCII)
+    moment = epoch_of(f"{day}T{clock[1]}{clock[2] or ':00'}{clock[3] or 'Z'}") if clock else None
+    if moment is not None:
+        return moment
+    try:
+        return now - parse_duration(text)
+    except ValueError:
+        raise ValueError(f"{text[:40]!r} is no time; write 2h, 7d, 2026-02-16 or 2026-02-16T20:00Z") from None
 
 
 def format_age(seconds: float) -> str:
@@ -2514,6 +2550,75 @@ def _words(value: object, where: str) -> list[str]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Filters: lists
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Selection(NamedTuple):
+    """Which of the rows that a filter lets through a list shows, and in which order."""
+
+    sort_by: str = ""  # a column, rising; empty: the list's own order
+    reverse: bool = False
+    limit: int = 0  # 0: all of them
+    since: str = ""  # RFC 3339 as rows hold it: the list's own time is not before it
+
+
+class ListOrder(NamedTuple):
+    """A list's own time, and its own order."""
+
+    time: str
+    sort_by: str
+    falling: bool
+
+
+LIST_ORDERS: Final[dict[type[TableRow], ListOrder]] = {
+    Run: ListOrder("created_at", "created_at", falling=True),
+    Schedule: ListOrder("last_run_at", "cluster", falling=False),
+    Volume: ListOrder("created_at", "cluster", falling=False),
+    ClusterEvent: ListOrder("last_at", "last_at", falling=True),
+}
+
+
+def parse_selection(request: JsonObject, kind: type[TableRow]) -> Selection:
+    """Return what a request for a list says with `limit`, `since`, `sortBy` and `reverse`. Raises UsageError."""
+    limit, since, sort_by = request.get("limit", 0), request.get("since", ""), request.get("sortBy", "")
+    if parse_int(limit) is None or isinstance(limit, str):
+        raise UsageError("limit must be a whole number, 0 or more")
+    if since and time_text(since) is None:
+        raise UsageError("since must be a time", 'write "since": "2026-02-16T20:00:00Z"')
+    if sort_by and sort_by not in kind._fields:
+        raise UsageError(f"no column {clip(sort_by)!r}", nearest(str(sort_by)[:64], kind._fields))
+    return Selection(sort_by, request.get("reverse") is True, limit, time_text(since) or "")
+
+
+def key_columns(kind: type[TableRow]) -> tuple[str, ...]:
+    """Return the columns that name a row; they stand first in it."""
+    return kind._fields[: 1 if kind is Run else 3]
+
+
+def select_rows(rows: Iterable[TableRow], kind: type[TableRow], selection: Selection) -> list[TableRow]:
+    """Return the rows of a list; those without a value in the column that it is sorted by come last."""
+    order = LIST_ORDERS[kind]
+    at = kind._fields.index(order.time)
+    kept = [row for row in rows if not selection.since or str(row[at] or "") >= selection.since]
+    column = kind._fields.index(selection.sort_by or order.sort_by)
+    falling = (order.falling and not selection.sort_by) != selection.reverse
+    key_size = len(key_columns(kind))
+    valued = [row for row in kept if row[column] is not None]
+    rest = [row for row in kept if row[column] is None]
+
+    def key(row: TableRow) -> tuple[Any, ...]:
+        return row[column], row[:key_size]
+
+    if selection.limit and len(valued) > 4 * selection.limit:
+        first = (heapq.nlargest if falling else heapq.nsmallest)(selection.limit, valued, key=key)
+    else:
+        first = sorted(valued, key=key, reverse=falling)
+    first += sorted(rest, key=key, reverse=falling)
+    return first[: selection.limit] if selection.limit else first
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Store: rows
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -3410,6 +3515,191 @@ def _marked_history(wanted: Filter, some: Iterable[_Published]) -> Iterator[byte
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# History
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class StatusEvent(NamedTuple):
+    """A `status_changed` of run_events."""
+
+    run_id: str
+    before: str | None
+    status: str | None
+    reason: str | None
+    at: str  # when it arrived here
+
+
+class StoredChange(NamedTuple):
+    """A run's change as the cache holds it."""
+
+    run_id: str
+    type: str
+    at: str
+    row: str  # JSON
+
+
+def timeline_of(run: JsonObject, events: Iterable[JsonObject], now: float) -> list[JsonObject]:
+    """Return a run's life, a step a line: `at`, `what`, `seconds` it took or has taken, `status` where it changed.
+
+    `events` are rows of run_events with their payloads parsed, the oldest first.
+    """
+    steps: list[JsonObject] = []
+    status_step: JsonObject | None = None
+    task_from: str | None = run.get("started_at") or run.get("created_at")
+    for event in events:
+        said, at = event.get("payload") or {}, event.get("cluster_timestamp") or event.get("local_timestamp")
+        if event.get("event_type") == "status_changed":
+            if status_step is not None:
+                status_step["seconds"] = seconds_between(status_step["at"], at)
+            reason = f" ({said['reason']})" if said.get("reason") else ""
+            status = said.get("to") or UNKNOWN
+            status_step = {"at": at, "what": f"{status}{reason}", "seconds": None, "status": status}
+            steps.append(status_step)
+            task_from = at if status == RUNNING else task_from
+        elif event.get("event_type") == "task_completed":
+            what = f"task {said.get('task')} done{_progress_of(said.get('finished'), said.get('total'))}"
+            steps.append({"at": at, "what": what, "seconds": seconds_between(task_from, at), "status": None})
+            task_from = at
+    if status_step is not None and run.get("status") not in TERMINAL and not run.get("deleted_at"):
+        status_step["seconds"] = seconds_between(status_step["at"], now)
+        if run.get("current_task"):
+            progress = _progress_of(run.get("progress_finished"), run.get("progress_total"))
+            what, seconds = f"task {run['current_task']}{progress}", seconds_between(task_from, now)
+            steps.append({"at": task_from, "what": what, "seconds": seconds, "status": None})
+    return steps
+
+
+def seconds_between(first: str | None, then: str | float | None) -> float | None:
+    """Return the seconds between two times, the second an RFC 3339 text or since 1970; None where one is unknown."""
+    start, end = epoch_of(first), then if isinstance(then, float) else epoch_of(then)
+    return None if start is None or end is None else round(max(0.0, end - start), 3)
+
+
+def blocked_seconds(events: Iterable[StatusEvent], now: float) -> dict[str, float]:
+    """Return how long each run was blocked, up to now where it still is; events come in their order."""
+    since: dict[str, str] = {}
+    total: dict[str, float] = {}
+    for event in events:
+        began = since.pop(event.run_id, None)
+        if began is not None:
+            total[event.run_id] = total.get(event.run_id, 0.0) + (seconds_between(began, event.at) or 0.0)
+        if event.status == BLOCKED:
+            since[event.run_id] = event.at
+    for run_id, began in since.items():
+        total[run_id] = total.get(run_id, 0.0) + (seconds_between(began, now) or 0.0)
+    return total
+
+
+def run_statistics(runs: Iterable[Run], blocked: Mapping[str, float], column: str) -> list[JsonObject]:
+    """Return a row for each value of a column of runs: counts, success rate, durations and time blocked."""
+    groups: dict[str | None, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(getattr(run, column), []).append(run)
+    return [
+        {column: value, **_statistics_of(groups[value], blocked)}
+        for value in sorted(groups, key=lambda value: (value is None, value or ""))
+    ]
+
+
+def _statistics_of(runs: Sequence[Run], blocked: Mapping[str, float]) -> JsonObject:
+    counts = {status: sum(run.status == status for run in runs) for status in STATUSES}
+    ended = counts[FINISHED] + counts[FAILED]
+    took = sorted(
+        seconds
+        for run in runs
+        if run.status in (FINISHED, FAILED)
+        for seconds in [seconds_between(run.started_at or run.created_at, run.finished_at)]
+        if seconds is not None
+    )
+    return {
+        "runs": len(runs),
+        "active": sum(counts[status] for status in (PENDING, RUNNING, BLOCKED)),
+        **{status: counts[status] for status in (FINISHED, FAILED, CANCELLED)},
+        "success_rate": round(counts[FINISHED] / ended, 4) if ended else None,
+        "median_seconds": percentile(took, 0.5),
+        "p95_seconds": percentile(took, 0.95),
+        "blocked_seconds": round(sum(blocked.get(run.run_id, 0.0) for run in runs), 3),
+    }
+
+
+def percentile(values: Sequence[float], part: float) -> float | None:
+    """Return a percentile of sorted values by the nearest rank, None where there are none."""
+    return values[max(0, math.ceil(part * len(values)) - 1)] if values else None
+
+
+CHANGES: Final = "changes"  # where a row of the past comes from: whole
+RUN_EVENTS: Final = "run_events"  # the same: status and reason alone
+_LASTING: Final = (
+    "run_id",
+    "cluster",
+    "namespace",
+    "id",
+    "spec_id",
+    "template",
+    "project",
+    "created_at",
+    "schedule_id",
+)
+
+
+def runs_at(
+    at: str, runs: Iterable[Run], changes: Iterable[StoredChange], events: Iterable[StatusEvent], reach: str | None
+) -> list[tuple[Run, str]]:
+    """Return the runs as they were known at a time, each with where that comes from: CHANGES or RUN_EVENTS.
+
+    `changes` and `events` are all that the cache holds, in their order; `reach` is since when it holds every change.
+    """
+    last, following = {}, dict[str, StoredChange]()
+    for change in changes:
+        if change.at <= at:
+            last[change.run_id] = change
+        else:
+            following.setdefault(change.run_id, change)
+    is_reached = reach is not None and reach <= at
+    known = {run.run_id: run for run in runs}
+    past = [(run_from_json(change.row), CHANGES) for change in last.values() if change.type != "run:removed"]
+    if is_reached:
+        past += [(run, CHANGES) for key, run in known.items() if key not in last and key not in following]
+    added = {key for key, change in following.items() if change.type == "run:added" and is_reached}
+    known.update({key: run_from_json(change.row) for key, change in following.items()})
+    rest = [run for key, run in known.items() if key not in last and key not in added]
+    rest = [run for run in rest if (run.created_at or "") <= at and not (is_reached and run.run_id not in following)]
+    return past + [(run, RUN_EVENTS) for run in _statuses_at(at, rest, events)]
+
+
+def run_from_json(text: str) -> Run:
+    """Return the run of a row of `changes`, whatever version of this program wrote it."""
+    said = parse_json(text) or {}
+    return Run(**{**dict.fromkeys(Run._fields[:3], ""), **{key: said[key] for key in Run._fields if key in said}})
+
+
+def _statuses_at(at: str, runs: Iterable[Run], events: Iterable[StatusEvent]) -> Iterator[Run]:
+    """Yield runs with what can be told of an earlier time: what never changes, status and reason."""
+    last: dict[str, StatusEvent] = {}
+    following: dict[str, StatusEvent] = {}
+    for event in events:
+        if event.at <= at:
+            last[event.run_id] = event
+        else:
+            following.setdefault(event.run_id, event)
+    for run in runs:
+        row = Run(**{name: getattr(run, name) for name in _LASTING})
+        row = row._replace(started_at=run.started_at if (run.started_at or "~") <= at else None)
+        if run.run_id in last:
+            row = row._replace(status=last[run.run_id].status, reason=last[run.run_id].reason)
+        elif (run.finished_at or "~") <= at:
+            row = row._replace(status=run.status, reason=run.reason)
+        elif run.run_id in following:
+            row = row._replace(status=following[run.run_id].before)
+        is_over = (run.finished_at or "~") <= at
+        yield row._replace(finished_at=run.finished_at if is_over else None)
+
+
+def _progress_of(finished: object, total: object) -> str:
+    return "" if finished is None or total is None else f" ({finished}/{total})"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Schema
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -3840,6 +4130,47 @@ def _object_statement(key: ObjectKey, facts: Facts | None) -> Statement:
 
 def _progress_statement(progress: Progress) -> Statement:
     return watch_statement(progress.scope, {"resource_version": progress.resource_version, "synced_at": progress.at})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schema: lists
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def candidates_statement(wanted: str) -> Statement:
+    """Return the statement that reads the runs among which pick_run picks."""
+    columns = ", ".join(Run._fields)
+    if not wanted.startswith("@"):
+        text = f"SELECT {columns} FROM runs WHERE run_id = ? OR id = ? OR (run_id >= ? AND run_id < ?)"  # noqa: S608
+        wanted = clip(wanted) or ""
+        return text, (wanted, wanted, wanted, wanted + "\U0010ffff")
+    where = {"@latest": "1", f"@{UNKNOWN}": "status IS NULL"}.get(wanted, "status = ?")
+    values = (clip(wanted[1:]),) if "?" in where else ()
+    return f"SELECT {columns} FROM runs WHERE {where} ORDER BY created_at DESC, run_id DESC LIMIT 1", values  # noqa: S608
+
+
+def list_statement(kind: type[TableRow], wanted: Filter, selection: Selection) -> Statement:
+    """Return the statement that reads a list, in the order that select_rows gives."""
+    order, values, conditions = LIST_ORDERS[kind], list[Any](), list[str]()
+    table = next(name for name, each in TABLES.items() if each is kind)
+    for column, words in (("cluster", wanted.clusters), *wanted.columns):
+        if words:
+            marks = f"IN ({', '.join('?' * len(words))})"
+            or_unknown = " OR status IS NULL" if column == "status" and UNKNOWN in words else ""
+            or_label = f" OR id {marks}" if column == "run_id" and kind is Run else ""
+            conditions.append(f"({column} {marks}{or_unknown}{or_label})")
+            values += sorted(words) * (2 if or_label else 1)
+    if selection.since:
+        conditions.append(f"{order.time} >= ?")
+        values.append(selection.since)
+    falling = (order.falling and not selection.sort_by) != selection.reverse
+    direction = "DESC" if falling else "ASC"
+    sorting = [f"{selection.sort_by or order.sort_by} {direction} NULLS LAST"]
+    sorting += [f"{key} {direction}" for key in key_columns(kind)]
+    where = f" WHERE {' AND '.join(conditions)}" if conditions else ""
+    limit = f" LIMIT {selection.limit}" if selection.limit else ""
+    columns = ", ".join(kind._fields)
+    return f"SELECT {columns} FROM {table}{where} ORDER BY {', '.join(sorting)}{limit}", tuple(values)  # noqa: S608
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -5288,10 +5619,9 @@ class Requests:
     def _list(self, kind: type[TableRow], request: JsonObject) -> Reply:
         wanted = parse_filter(request, LIST_FILTERS[kind])
         body = {"clusters": [part._asdict() for part in self._synced(wanted.clusters)]}
-        limit = _number(request, "limit", 0)
-        rows = sorted(self._knowledge.rows(kind, wanted), key=_LIST_KEYS[kind], reverse=kind in (Run, ClusterEvent))
+        rows = select_rows(self._knowledge.rows(kind, wanted), kind, parse_selection(request, kind))
         etag = etag_of(self._knowledge.edition(kind), body, request)
-        return Reply(body, _LIST_NAMES[kind], rows[:limit] if limit else rows, etag)
+        return Reply(body, _LIST_NAMES[kind], rows, etag)
 
     def _run(self, request: JsonObject) -> Later:
         wanted = request.get("runId", request.get("run"))
@@ -5363,12 +5693,6 @@ _LIST_NAMES: Final[dict[type[TableRow], str]] = {
     Volume: "volumes",
     ClusterEvent: "warnings",
 }
-_LIST_KEYS: Final[dict[type[TableRow], Callable[[Any], Values]]] = {
-    Run: lambda run: (run.created_at or "", run.run_id),
-    Schedule: row_key,
-    Volume: row_key,
-    ClusterEvent: lambda warning: (warning.last_at or "", *row_key(warning)),
-}
 
 
 def etag_of(*parts: Any) -> str:
@@ -5406,13 +5730,37 @@ def check_synced(parts: Sequence[Freshness], clusters: Iterable[str]) -> list[Fr
 
 
 def pick_run(runs: Sequence[Run], wanted: str) -> Run:
-    """Return the run that an id means: its key, or its label id where that is no other's. Raises FabrikError."""
+    """Return the run that a word means. Raises UsageError where it means several, NotFoundError where none.
+
+    It is a key, a label id that is no other's, the beginning of one key alone, `@latest`, or `@blocked`, the newest of
+    that status.
+    """
+    if wanted.startswith("@"):
+        return _pick_newest(runs, wanted[1:])
     found = [run for run in runs if run.run_id == wanted] or [run for run in runs if run.id == wanted]
+    if not found and wanted:
+        found = [run for run in runs if run.run_id.startswith(wanted)]
     if len(found) > 1:
-        raise UsageError(f"{wanted[:80]} is ambiguous", "say " + " or ".join(sorted(run.run_id for run in found)))
+        keys = sorted((run.run_id for run in found), reverse=True)
+        more = f" or {len(keys) - _SHOWN_AMBIGUOUS} others" if len(keys) > _SHOWN_AMBIGUOUS else ""
+        raise UsageError(f"{wanted[:80]} is ambiguous", "say " + " or ".join(keys[:_SHOWN_AMBIGUOUS]) + more)
     if not found:
         raise NotFoundError(f"no run {wanted[:80]!r} is known", "see 'fabrik-daemon runs list'")
     return found[0]
+
+
+_SHOWN_AMBIGUOUS: Final = 4
+
+
+def _pick_newest(runs: Sequence[Run], word: str) -> Run:
+    if word not in ("latest", *STATUSES, UNKNOWN):
+        raise UsageError(f"nothing is called '@{word[:40]}'", nearest(word[:40], ("latest", *STATUSES, UNKNOWN)))
+    found = [run for run in runs if word in ("latest", run.status or UNKNOWN)]
+    if not found:
+        raise NotFoundError(
+            "no run is known" if word == "latest" else f"no run is {word}", "see 'fabrik-daemon runs list'"
+        )
+    return max(found, key=lambda run: (run.created_at or "", run.run_id))
 
 
 def envelope(request: JsonObject) -> JsonObject:
@@ -6560,6 +6908,17 @@ def columns_with_age(
     return (*columns[:place], _AS_OF, *columns[place:]), shown
 
 
+def check_age(parts: Iterable[Freshness], max_age_s: float | None, now: float) -> None:
+    """Raise StaleError where a part that is not live is older than allowed."""
+    if max_age_s is None:
+        return
+    for part in parts:
+        synced = epoch_of(part.synced_at)
+        if not part.connected and (synced is None or now - synced > max_age_s):
+            age = "not yet synced" if synced is None else f"as of {age_of(part.synced_at, now)} ago"
+            raise StaleError(f"{part.cluster}: {age}", "run 'fabrik-daemon start' or 'fabrik-daemon sync'")
+
+
 def format_freshness(source: str, parts: Sequence[Freshness], now: float) -> str:
     """Return where an answer comes from and how old each cluster's part of it is, in one line."""
     told = []
@@ -6643,7 +7002,8 @@ def _parts_of_run(row: JsonObject, now: float, width: int | None, style: Style) 
         if row.get(title):
             yield f"\n{title}\n" + format_table(columns, row[title], now, width, style)
     if row.get("log"):
-        yield "\nlast log lines\n" + "".join(cut_text(safe_text(line), width) + "\n" for line in row["log"])
+        lines = (str((said or {}).get("line", "")) for said in row["log"])
+        yield "\nlast log lines\n" + "".join(cut_text(safe_text(line), width) + "\n" for line in lines)
 
 
 def format_run_event(event: JsonObject, width: int | None, style: Style = PLAIN) -> str:
@@ -15207,121 +15567,33 @@ def ask(context: Context, action: str, **fields: Any) -> JsonObject | None:
         client.close()
 
 
-def runs_list(context: Context, arguments: argparse.Namespace) -> int:
-    """List runs, the newest first."""
-    wanted = {"status": arguments.status} if arguments.status else None
-    reply = ask(context, "runs", clusters=arguments.cluster, filter=wanted, limit=arguments.limit)
-    if reply is not None:
-        source, parts = context.daemon, [Freshness(**part) for part in reply["clusters"]]
-        rows = reply["runs"]
-    else:
-        reader = CacheReader(context.settings.cache)
-        source, parts = "the cache", check_synced(reader.freshness(), arguments.cluster)
-        rows = _runs_in_cache(reader, arguments)
-    tell_source(context, source, parts)
-    columns, shown = columns_with_age(RUN_COLUMNS, rows, parts)
-    print_answer(
-        context, arguments.output, rows, lambda now: format_table(columns, shown, now, context.width, context.style)
-    )
-    return 0
+def tell_source(context: Context, source: str, parts: Sequence[Freshness], max_age_s: float | None = None) -> None:
+    """Say on stderr how old an answer is that is not live. Raises StaleError where that is more than is allowed."""
+    now = time.time()
+    check_age(parts, max_age_s, now)
+    if not all(part.connected and part.synced_at for part in parts):
+        context.warn(format_freshness(source, parts, now))
 
 
-def runs_show(context: Context, arguments: argparse.Namespace) -> int:
-    """Show one run whole."""
-    reply = ask(context, "run", runId=arguments.id)
-    if reply is not None:
-        tell_source(context, context.daemon, [Freshness(**part) for part in reply["clusters"]])
-        row = reply["run"]
-    else:
-        reader = CacheReader(context.settings.cache)
-        wanted = clip(arguments.id) or ""
-        found = reader.rows(
-            f"SELECT {', '.join(Run._fields)} FROM runs WHERE run_id = ? OR id = ?",  # noqa: S608 - names of ours
-            (wanted, wanted),
-        )
-        check_synced(reader.freshness(), [])
-        run = pick_run([Run(**values) for values in found], wanted)
-        tell_source(context, "the cache", check_synced(reader.freshness(), [run.cluster]))
-        row = {**run._asdict(), **reader.run_details(run.run_id)}
-    print_answer(context, arguments.output, row, lambda now: format_run(row, now, context.width, context.style))
-    return 0
+def print_answer(
+    context: Context, output: str, answer: object, table: Callable[[float], str], names: Sequence[str] = ()
+) -> None:
+    """Write an answer in the format asked for; `table` makes the one for people, given the time.
 
-
-def clusters_list(context: Context, arguments: argparse.Namespace) -> int:
-    """List the clusters: those configured or discovered, and what is known of them."""
-    reply = ask(context, "clusters")
-    known = reply["clusters"] if reply is not None else _clusters_in_cache(context.settings.cache)
-    rows: dict[str, JsonObject] = {row["name"]: row for row in known}
-    empty = {"server": None, "connected": False, "error": None, "last_event_at": None}
-    here = context.settings.remote is None
-    for spec in configured_clusters(context.settings, context.environment) if here else []:
-        row = {**empty, **rows.get(spec.name, {}), "name": spec.name, "priority": spec.priority}
-        rows[spec.name] = {**row, "error": "disabled" if not spec.enabled else row["error"]}
-    answer = sorted(rows.values(), key=lambda row: (row["priority"], row["name"]))
-    names = ("name", "server", "priority", "connected", "error", "last_event_at")
-    answer = [{name: row[name] for name in names} for row in answer]
-    print_answer(
-        context,
-        arguments.output,
-        answer,
-        lambda now: format_table(CLUSTER_COLUMNS, answer, now, context.width, context.style),
-    )
-    return 0
-
-
-def query(context: Context, arguments: argparse.Namespace) -> int:
-    """Answer a user's SQL from the cache, within limits of time, memory and rows."""
-    reader = CacheReader(context.settings.cache)
-    parts = check_synced(reader.freshness(), [])
-    result = run_query(reader, arguments.sql, context.settings.timing.query)
-    tell_source(context, "the cache", parts)
-    if result.is_cut:
-        context.warn(f"only the first {QUERY_ROWS} rows are shown; add LIMIT or a condition")
-    names = result.columns
-    answer = [dict(zip(names, map(shown_value, row))) for row in result.rows]
-    print_answer(
-        context,
-        arguments.output,
-        answer,
-        lambda now: format_table(columns_for(names), answer, now, context.width, context.style),
-    )
-    return 0
-
-
-def _runs_in_cache(reader: CacheReader, arguments: argparse.Namespace) -> list[JsonObject]:
-    conditions, values = [], [*arguments.cluster]
-    if arguments.cluster:
-        conditions.append(f"cluster IN ({', '.join('?' * len(arguments.cluster))})")
-    if arguments.status:
-        unknown = " OR status IS NULL" if UNKNOWN in arguments.status else ""
-        conditions.append(f"(status IN ({', '.join('?' * len(arguments.status))}){unknown})")
-        values += arguments.status
-    where = f" WHERE {' AND '.join(conditions)}" if conditions else ""
-    limit = f" LIMIT {arguments.limit}" if arguments.limit else ""
-    columns = ", ".join(Run._fields)
-    return reader.rows(f"SELECT {columns} FROM runs{where} ORDER BY created_at DESC, run_id DESC{limit}", values)  # noqa: S608
-
-
-def _clusters_in_cache(cache: str) -> list[JsonObject]:
-    if not os.path.exists(cache):
-        return []
-    reader = CacheReader(cache)
-    connected = {part.cluster: part.connected for part in reader.freshness()}
-    rows = reader.rows("SELECT name, server, priority, error, last_event_at FROM clusters")
-    return [{**row, "connected": connected[row["name"]]} for row in rows]
-
-
-def tell_source(context: Context, source: str, parts: Sequence[Freshness]) -> None:
-    """Say on stderr where an answer comes from and how old it is."""
-    context.warn(format_freshness(source, parts, time.time()))
-
-
-def print_answer(context: Context, output: str, answer: object, table: Callable[[float], str]) -> None:
-    """Write an answer in the format asked for; `table` makes the one for people, given the time."""
+    `names` are the columns of a list that may be empty.
+    """
     if output in ("table", "wide"):
         context.out.write(table(time.time()))
     else:
-        context.out.write(format_answer(answer, output, titles=context.style.titles))
+        context.out.write(format_answer(answer, output, titles=context.style.titles, names=names))
+
+
+def print_rows(
+    context: Context, output: str, columns: Sequence[Column], rows: list[JsonObject], names: Sequence[str] = ()
+) -> None:
+    """Write rows in the format asked for, under these columns where that is a table."""
+    table = partial(format_table, columns, rows, width=context.width, style=context.style)
+    print_answer(context, output, rows, lambda now: table(now=now), names)
 
 
 def configured_clusters(settings: Settings, environment: Mapping[str, str]) -> list[ClusterSpec]:
@@ -15379,6 +15651,177 @@ def read_text(path: str) -> str | None:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Commands: reading lists
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Found(NamedTuple):
+    """Rows, where they come from, and how fresh they are."""
+
+    source: str
+    parts: list[Freshness]
+    rows: list[JsonObject]
+    exit_code: int = 0
+
+
+class Listing(NamedTuple):
+    """A list: what it is called, what its rows are, and how they are shown."""
+
+    name: str  # as the daemon's action, and as the rows in its answer
+    kind: type[TableRow]
+    columns: Sequence[Column]
+
+
+RUNS: Final = Listing("runs", Run, RUN_COLUMNS)
+SCHEDULES: Final = Listing("schedules", Schedule, SCHEDULE_COLUMNS)
+VOLUME_LIST: Final = Listing("volumes", Volume, VOLUME_LIST_COLUMNS)
+WARNINGS: Final = Listing("warnings", ClusterEvent, WARNING_LIST_COLUMNS)
+
+
+def runs_list(context: Context, arguments: argparse.Namespace) -> int:
+    """List runs, the newest first."""
+    return _list(context, arguments, RUNS)
+
+
+def schedules_list(context: Context, arguments: argparse.Namespace) -> int:
+    """List schedules by cluster and name."""
+    return _list(context, arguments, SCHEDULES)
+
+
+def volumes_list(context: Context, arguments: argparse.Namespace) -> int:
+    """List volumes by cluster and name."""
+    return _list(context, arguments, VOLUME_LIST)
+
+
+def warnings_list(context: Context, arguments: argparse.Namespace) -> int:
+    """List warnings, the last first."""
+    return _list(context, arguments, WARNINGS)
+
+
+def clusters_list(context: Context, arguments: argparse.Namespace) -> int:
+    """List the clusters: those configured or discovered, and what is known of them."""
+    reply = ask(context, "clusters")
+    known = reply["clusters"] if reply is not None else _clusters_in_cache(context.settings.cache)
+    rows: dict[str, JsonObject] = {row["name"]: row for row in known}
+    empty = {"server": None, "connected": False, "error": None, "last_event_at": None}
+    here = context.settings.remote is None
+    for spec in configured_clusters(context.settings, context.environment) if here else []:
+        row = {**empty, **rows.get(spec.name, {}), "name": spec.name, "priority": spec.priority}
+        rows[spec.name] = {**row, "error": "disabled" if not spec.enabled else row["error"]}
+    answer = sorted(rows.values(), key=lambda row: (row["priority"], row["name"]), reverse=arguments.reverse)
+    names = ("name", "server", "priority", "connected", "error", "last_event_at")
+    print_rows(
+        context, arguments.output, CLUSTER_COLUMNS, [{name: row[name] for name in names} for row in answer], names
+    )
+    return 0
+
+
+def _list(context: Context, arguments: argparse.Namespace, listing: Listing) -> int:
+    request = list_request(arguments, listing.kind, time.time())
+    found = find_rows(context, listing, request)
+    tell_source(context, found.source, found.parts, arguments.max_age)
+    columns, shown = columns_with_age(listing.columns, found.rows, found.parts)
+    table = partial(format_table, columns, shown, width=context.width, style=context.style)
+    print_answer(context, arguments.output, found.rows, lambda now: table(now=now), listing.kind._fields)
+    return found.exit_code
+
+
+def list_request(arguments: argparse.Namespace, kind: type[TableRow], now: float) -> JsonObject:
+    """Return the request that asks for what a command's arguments ask for. Raises UsageError."""
+    request: JsonObject = {"clusters": arguments.cluster}
+    wanted = {key: getattr(arguments, key) for key in LIST_FILTERS[kind] if getattr(arguments, key, None)}
+    if wanted:
+        request["filter"] = wanted
+    if arguments.since:
+        request["since"] = format_time(parse_time_argument("--since", arguments.since, now) // 1)
+    if arguments.sort_by:
+        request["sortBy"] = arguments.sort_by
+    if arguments.reverse:
+        request["reverse"] = True
+    if arguments.limit:
+        request["limit"] = arguments.limit
+    parse_selection(request, kind)
+    return request
+
+
+def parse_time_argument(flag: str, text: str, now: float) -> float:
+    """Return the seconds since 1970 that a flag's value means. Raises UsageError."""
+    try:
+        return parse_moment(text, now)
+    except ValueError as error:
+        raise UsageError(f"{flag}: {error}") from None
+
+
+def find_rows(context: Context, listing: Listing, request: JsonObject) -> Found:
+    """Return the rows that a request for a list asks for, from the daemon or else from the cache."""
+    reply = ask(context, listing.name, **request)
+    if reply is not None:
+        return Found(context.daemon, [Freshness(**part) for part in reply["clusters"]], reply[listing.name])
+    reader = CacheReader(context.settings.cache)
+    wanted = parse_filter(request, LIST_FILTERS[listing.kind])
+    parts = check_synced(reader.freshness(), sorted(wanted.clusters))
+    statement = list_statement(listing.kind, wanted, parse_selection(request, listing.kind))
+    return Found("the cache", parts, reader.rows(*statement))
+
+
+def _clusters_in_cache(cache: str) -> list[JsonObject]:
+    if not os.path.exists(cache):
+        return []
+    reader = CacheReader(cache)
+    connected = {part.cluster: part.connected for part in reader.freshness()}
+    rows = reader.rows("SELECT name, server, priority, error, last_event_at FROM clusters")
+    return [{**row, "connected": connected[row["name"]]} for row in rows]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Commands: reading runs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def runs_show(context: Context, arguments: argparse.Namespace) -> int:
+    """Show one run whole."""
+    named = [word for word in (arguments.id, arguments.run) if word is not None]
+    if len(named) != 1:
+        raise UsageError("name one run", "for example 'fabrik-daemon runs show @latest'")
+    wanted = named[0]
+    reply = ask(context, "run", runId=wanted)
+    if reply is not None:
+        source, parts = context.daemon, [Freshness(**part) for part in reply["clusters"]]
+        row = reply["run"]
+    else:
+        reader = CacheReader(context.settings.cache)
+        check_synced(reader.freshness(), [])
+        run = pick_run([Run(**values) for values in reader.rows(*candidates_statement(wanted))], wanted)
+        source, parts = "the cache", check_synced(reader.freshness(), [run.cluster])
+        row = {**run._asdict(), **reader.run_details(run.run_id)}
+    tell_source(context, source, parts, arguments.max_age)
+    row["timeline"] = timeline_of(row, row["events"], time.time())
+    row["log"] = [event["payload"] for event in row["events"] if event["event_type"] == "log_line"]
+    shown = {**row, "events": row["events"] if arguments.events else None, "log": row["log"][-LOG_LINES_SHOWN:]}
+    print_answer(context, arguments.output, row, lambda now: format_run(shown, now, context.width, context.style))
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Commands: reading SQL
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def query(context: Context, arguments: argparse.Namespace) -> int:
+    """Answer a user's SQL from the cache, within limits of time, memory and rows."""
+    reader = CacheReader(context.settings.cache)
+    parts = check_synced(reader.freshness(), [])
+    result = run_query(reader, arguments.sql, context.settings.timing.query)
+    tell_source(context, "the cache", parts, arguments.max_age)
+    if result.is_cut:
+        context.warn(f"only the first {QUERY_ROWS} rows are shown; add LIMIT or a condition")
+    names = result.columns
+    answer = [dict(zip(names, map(shown_value, row))) for row in result.rows]
+    print_rows(context, arguments.output, columns_for(names), answer, names)
+    return 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -15972,23 +16415,92 @@ def _output_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-headers", action="store_true", help="without titles (table, wide, csv, tsv)")
 
 
-def _selection_arguments(parser: argparse.ArgumentParser) -> None:
+def _freshness_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-age", type=_seconds_argument, metavar="AGE", help="end with 6 where what is known is older than AGE (5m)"
+    )
+
+
+def _cluster_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cluster", action="append", default=[], metavar="NAME", help="only this cluster's (repeatable)"
     )
+
+
+def _column_argument(parser: argparse.ArgumentParser, flag: str, column: str, what: str) -> None:
+    metavar = flag[2:].upper()
+    parser.add_argument(flag, action="append", default=[], dest=column, metavar=metavar, help=f"{what} (repeatable)")
+
+
+def _selection_arguments(parser: argparse.ArgumentParser) -> None:
+    _cluster_argument(parser)
     parser.add_argument(
         "--status", action="append", default=[], choices=(*STATUSES, UNKNOWN), help="only this status (repeatable)"
     )
+    _column_argument(
+        parser, "--phase", "phase", "only this phase: discover, implement, validate, review, human-gate, done"
+    )
+    _column_argument(parser, "--spec", "spec_id", "only runs of this spec")
+    _column_argument(parser, "--project", "project", "only runs of this project")
+    _column_argument(parser, "--template", "template", "only runs of this template")
+    _column_argument(parser, "--namespace", "namespace", "only this namespace's")
+
+
+def _list_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every list of rows takes."""
+    parser.add_argument(
+        "--since", metavar="TIME", help="only what is not older: 24h, 7d, 2026-02-16, 2026-02-16T20:00Z"
+    )
+    parser.add_argument("--sort-by", metavar="COLUMN", help="rising by a column, as -o json names them")
+    parser.add_argument("--reverse", action="store_true", help="the other way round")
+    parser.add_argument("--limit", type=_count, metavar="N", help="at most the first N rows")
+    _freshness_arguments(parser)
+    _output_argument(parser)
 
 
 def _runs_list_arguments(parser: argparse.ArgumentParser) -> None:
     _selection_arguments(parser)
-    parser.add_argument("--limit", type=_count, metavar="N", help="at most N rows, the newest")
+    _list_arguments(parser)
+
+
+def _schedules_list_arguments(parser: argparse.ArgumentParser) -> None:
+    _cluster_argument(parser)
+    _column_argument(parser, "--namespace", "namespace", "only this namespace's")
+    _list_arguments(parser)
+
+
+def _volumes_list_arguments(parser: argparse.ArgumentParser) -> None:
+    _cluster_argument(parser)
+    _column_argument(parser, "--namespace", "namespace", "only this namespace's")
+    _column_argument(parser, "--run", "run_id", "only this run's")
+    _column_argument(parser, "--phase", "phase", "only this phase: Pending, Bound, Lost")
+    _list_arguments(parser)
+
+
+def _warnings_list_arguments(parser: argparse.ArgumentParser) -> None:
+    _cluster_argument(parser)
+    _column_argument(parser, "--namespace", "namespace", "only this namespace's")
+    _column_argument(parser, "--run", "run_id", "only this run's")
+    _column_argument(parser, "--reason", "reason", "only warnings for this reason")
+    _list_arguments(parser)
+
+
+def _clusters_list_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--reverse", action="store_true", help="the other way round")
     _output_argument(parser)
 
 
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "run", nargs="?", metavar="RUN", help="a run_id, its beginning, @latest, or @blocked and the like"
+    )
+    parser.add_argument("--id", metavar="RUN", help="the same")
+
+
 def _runs_show_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--id", required=True, metavar="RUN", help="run_id, or the id on the run's label")
+    _run_arguments(parser)
+    parser.add_argument("--events", action="store_true", help="with every event of its history")
+    _freshness_arguments(parser)
     _output_argument(parser)
 
 
@@ -16014,6 +16526,7 @@ def _query_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "sql", metavar="SQL", help="one SELECT on runs, run_events, schedules, volumes, cluster_events, ..."
     )
+    _freshness_arguments(parser)
     _output_argument(parser)
 
 
@@ -16210,7 +16723,34 @@ COMMANDS: Final = (
         _runs_logs_arguments,
         runs_logs,
     ),
-    Command("clusters list", "list the clusters", ("clusters list -o json",), _output_argument, clusters_list),
+    Command(
+        "schedules list",
+        "list schedules",
+        ("schedules list", "schedules list --cluster prod --sort-by next_run_at"),
+        _schedules_list_arguments,
+        schedules_list,
+    ),
+    Command(
+        "volumes list",
+        "list volumes",
+        ("volumes list", "volumes list --sort-by capacity_bytes --reverse --limit 10"),
+        _volumes_list_arguments,
+        volumes_list,
+    ),
+    Command(
+        "warnings list",
+        "list warnings",
+        ("warnings list --since 24h", "warnings list --run 01jk7v8x9m3qn5r2t4w6y8z0ab -o jsonl"),
+        _warnings_list_arguments,
+        warnings_list,
+    ),
+    Command(
+        "clusters list",
+        "list the clusters",
+        ("clusters list", "clusters list -o json"),
+        _clusters_list_arguments,
+        clusters_list,
+    ),
     Command("clusters add", "add a cluster to clusters.yaml", _ADD, _clusters_add_arguments, clusters_add),
     Command(
         "add-cluster",
