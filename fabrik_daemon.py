@@ -32,6 +32,7 @@ Core:
     History               a run's timeline, the runs of a moment, statistics
     Schema                DDL, migrations, statements, row <-> values, the SQL authorizer
     Schema: lists         what reads a list, or the runs that a word may mean
+    Metrics               every metric, declared once, through prometheus-client
     HTTP                  client and server sides over h11: bytes in, messages out
     Watch decoding        byte lines -> events, list pages, Status objects
     Watch machine         list, watch, bookmark, expire, back off -> actions
@@ -42,6 +43,9 @@ Core:
     Requests: routes      JSON and URLs -> requests
     Requests: framings    JSON lines, HTTP and WebSocket: bytes -> requests, answers -> bytes
     Requests: access      whom a remote daemon lets in, and what it lets them ask
+    Shipping              what to send to a service of LAOS now, when again after a failure; the Pushgateway
+    Shipping: logs        the daemon's log for Loki: batches, a bounded spool
+    Shipping: alerts      rows -> alerts for Alertmanager: what fires, when to tell it again
     Views: text           where hostile text is made safe, measured in cells and cut
     Views: tables         rows -> aligned columns that fit the terminal
     Views: formats        rows -> json, jsonl, yaml, csv, tsv, names
@@ -52,6 +56,7 @@ Core:
 Shell:
     Reactor               selectors loop, timers, wake-up, a small pool for what blocks
     Streams               non-blocking TCP, TLS and Unix sockets
+    Cache: reading        what the daemon and commands read of it
     Cache                 the one thread that writes SQLite, and its readers
     Cache: queries        user SQL within limits of time, memory and rows
     Credentials           the helper process around kubernetes.config
@@ -61,10 +66,12 @@ Shell:
     Server: listeners     the Unix socket: where it may be, and who is let in
     Server: remote        the TCP listener of remote mode: TLS, limits, token and certificate files
     Server                connections: what clients say -> requests, answers -> what they read
+    Pusher                carries what Shipping has to send to the services of LAOS
     Daemon: log           the daemon's log, in memory; its last words
     Daemon: following     what watches tell -> store, cache, bus
     Daemon: kept logs     the last lines of runs that fail
     Daemon: service manager  systemd's: readiness, reload, stop, watchdog, a socket that it opened; signals
+    Daemon: telemetry     what LAOS hears: metrics, the log, alerts
     Daemon                composition root: settings -> parts; orderly stop
     Client: remote        a connection to another host's daemon, which outlasts breaks
     Client                a connection to the daemon, for commands
@@ -108,7 +115,7 @@ import re
 import sys
 import time
 from collections import deque, namedtuple
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence, Set
 from datetime import datetime, timedelta, timezone
 from functools import partial
 
@@ -373,6 +380,12 @@ LOCK_TRIES: Final = 5
 LOCK_POLL_S: Final = 0.02  # where only asking again tells
 HELPERS_END_S: Final = 0.5  # for helper processes that were killed to be gone
 HELP_COLUMNS: Final = 100
+LOKI_BATCH_BYTES: Final = 256 * 1024  # some milliseconds of JSON and gzip; Loki takes 4 MB
+LOKI_SPOOL_BYTES: Final = 4 * 2**20  # about 10,000 lines
+LOKI_OLDEST_S: Final = 6 * 86400  # Loki refuses what is a week old
+ALERTS_AT_ONCE: Final = 64  # as Prometheus sends them
+ALERT_CHECK_S: Final = 1.0  # what begins by the clock is seen to have begun so much later at most
+METRIC_RUNS: Final = 1000  # runs with series of their own: Prometheus keeps every one that there ever was
 LAST_WORDS_CHARS: Final = 20_000
 LOG_TAIL_LINES: Final = 1000  # of a log that is opened in the dashboard
 LOG_LINES_SHOWN: Final = 5000  # in the dashboard; `runs logs` shows all
@@ -1788,7 +1801,7 @@ class Report(NamedTuple):
 
 NO_REPORT: Final = Report()
 _PHASE_WORDS: Final = {"interview": "discover", "gate": "human-gate"}  # older words
-_GATE: Final = "human-gate"
+GATE: Final = "human-gate"
 FABRIK_PREFIX: Final = "fabrik.dev/"
 
 
@@ -1823,7 +1836,7 @@ def merge_reports(reports: Sequence[Report]) -> Report:
 
 def is_gated(report: Report) -> bool:
     """Say whether a run waits for a person."""
-    return report.phase == _GATE or report.status == BLOCKED
+    return report.phase == GATE or report.status == BLOCKED
 
 
 def _first(values: Iterable[int | None]) -> int | None:
@@ -3346,6 +3359,11 @@ class Subscription:
         return _marked(line, self.mark) if self.mark and line is not None else line
 
     @property
+    def waiting(self) -> int:
+        """How many lines wait."""
+        return len(self._queue)
+
+    @property
     def is_idle(self) -> bool:
         """Whether nothing waits for the subscriber."""
         return not self._queue and not self._lagged
@@ -3410,6 +3428,11 @@ class Bus:
         group.pop(subscription, None)
         if not group:
             self._groups.pop(subscription.wanted, None)
+
+    @property
+    def waiting(self) -> int:
+        """How many lines wait for subscribers."""
+        return sum(subscription.waiting for group in self._groups.values() for subscription in group)
 
     def idle(self) -> list[Subscription]:
         """Tell those who have nothing to read how far the stream is; return them."""
@@ -3957,6 +3980,17 @@ def dump_statements(rows: Iterable[TableRow], objects: Iterable[tuple[ObjectKey,
     return [*(upsert(row) for row in rows), *(_object_statement(key, facts) for key, facts in objects)]
 
 
+def alert_statement(row: Values) -> Statement:
+    """Return the statement that writes a row of `alerts`."""
+    columns = ("fingerprint", "alertname", "cluster", "run_id", "starts_at", "ends_at")
+    return _upsert_sql("alerts", columns, ("fingerprint",)), tuple(row)
+
+
+def forget_alert_statement(fingerprint: str) -> Statement:
+    """Return the statement that deletes a row of `alerts`."""
+    return "DELETE FROM alerts WHERE fingerprint = ?", (fingerprint,)
+
+
 def set_meta(key: str, value: str) -> Statement:
     """Return the statement that writes a value of `meta`."""
     return "INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", (
@@ -4174,6 +4208,251 @@ def list_statement(kind: type[TableRow], wanted: Filter, selection: Selection) -
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Metrics
+# ----------------------------------------------------------------------------------------------------------------------
+
+_RUN_LABELS: Final = ("cluster", "namespace", "run_id", "spec_id")
+METRICS: Final[dict[str, tuple[str, str, tuple[str, ...]]]] = {  # name -> kind, help, labels
+    "fabrik_daemon_build_info": ("gauge", "Always 1; what runs here.", ("version", "python", "protocol")),
+    "fabrik_daemon_cluster_connected": ("gauge", "1 while every watch of it misses nothing.", ("cluster",)),
+    "fabrik_daemon_sync_lag_seconds": (
+        "gauge",
+        "Since the last event, list or bookmark was processed, by the watch furthest behind.",
+        ("cluster", "resource"),
+    ),
+    "fabrik_daemon_clock_skew_seconds": ("gauge", "The API server's clock less this one.", ("cluster",)),
+    "fabrik_daemon_credentials_expiry_timestamp_seconds": (
+        "gauge",
+        "When the present credentials expire, where that is known.",
+        ("cluster",),
+    ),
+    "fabrik_daemon_list_total": ("counter", "Lists taken in, or failed.", ("cluster", "resource", "result")),
+    "fabrik_daemon_watch_total": ("counter", "Watches opened, or failed.", ("cluster", "resource", "result")),
+    "fabrik_daemon_reconnects_total": ("counter", "Watches that went on after trouble.", ("cluster", "resource")),
+    "fabrik_daemon_events_total": ("counter", "Events of objects that were processed.", ("cluster", "resource")),
+    "fabrik_daemon_events_dropped_total": ("counter", "Events that subscribers lost by not reading.", ()),
+    "fabrik_daemon_events_dropped": ("untyped", "The same as fabrik_daemon_events_dropped_total.", ()),
+    "fabrik_daemon_event_to_subscriber_seconds": (
+        "histogram",
+        "From taking in an event to its line on the way to the subscribers.",
+        (),
+    ),
+    "fabrik_daemon_event_to_cache_seconds": ("histogram", "From a change to its commit in cache.db.", ()),
+    "fabrik_daemon_cache_size": ("gauge", "Runs in the cache.", ("cluster",)),
+    "fabrik_daemon_cache_requests_total": (
+        "counter",
+        "Reading requests; a hit is one that was answered from what is known.",
+        ("result",),
+    ),
+    "fabrik_daemon_cache_hit_ratio": ("gauge", "Hits among the reading requests; NaN before the first.", ()),
+    "fabrik_daemon_cache_queue_length": ("gauge", "Writes that wait for cache.db.", ()),
+    "fabrik_daemon_subscribers": ("gauge", "Subscribers to changes.", ()),
+    "fabrik_daemon_subscriber_queue_length": ("gauge", "Lines that wait for subscribers, all together.", ()),
+    "fabrik_daemon_log_queue_length": ("gauge", "Log lines that wait for Loki.", ("target",)),
+    "fabrik_daemon_log_lines_total": ("counter", "Log lines for Loki, sent or dropped.", ("target", "result")),
+    "fabrik_daemon_alerts_firing": ("gauge", "Alerts that the daemon sends now.", ("cluster", "alertname")),
+    "fabrik_daemon_alerts_direct": (
+        "gauge",
+        "1 where the daemon sends a cluster's alerts itself: the rules keep silent there.",
+        ("cluster",),
+    ),
+    "fabrik_daemon_deliveries_total": (
+        "counter",
+        "Requests to services of LAOS: taken, refused for good, or failed for the moment.",
+        ("target", "result"),
+    ),
+    "fabrik_daemon_delivery_timestamp_seconds": ("gauge", "When a service of LAOS last took a request.", ("target",)),
+    "fabrik_daemon_metrics_timestamp_seconds": ("gauge", "When these values were read.", ()),
+    "fabrik_runs": ("gauge", "Runs that are known.", ("cluster", "status")),
+    "fabrik_runs_omitted": ("gauge", "Runs that would have series of their own, but are too many.", ()),
+    "fabrik_run_pending_since_timestamp_seconds": ("gauge", "Since when a run is pending.", _RUN_LABELS),
+    "fabrik_run_blocked_since_timestamp_seconds": (
+        "gauge",
+        "Since when a run waits, at its human gate or for what the reason says.",
+        (*_RUN_LABELS, "phase", "reason"),
+    ),
+    "fabrik_run_heartbeat_timestamp_seconds": (
+        "gauge",
+        "When a run that is running last reported, by its cluster's clock.",
+        _RUN_LABELS,
+    ),
+    "fabrik_run_failed_timestamp_seconds": (
+        "gauge",
+        "When a run failed, for an hour from then.",
+        (*_RUN_LABELS, "reason"),
+    ),
+    "fabrik_schedule_missed": ("gauge", "Runs that a schedule has missed.", ("cluster", "namespace", "schedule")),
+}
+METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+_BOUNDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+_FAILED_S: Final = 3600.0  # how long a failed run keeps its series
+
+
+class Sample(NamedTuple):
+    """One value of a metric, its labels in the order of the declaration."""
+
+    name: str
+    labels: tuple[str, ...]
+    value: float
+
+
+class Histogram:
+    """How often something took how long; one thread observes, any may read."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(_BOUNDS) + 1)
+        self.sum = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """Count one duration."""
+        self.counts[bisect.bisect_left(_BOUNDS, seconds)] += 1
+        self.sum += seconds
+
+    def copy(self) -> Histogram:
+        """Return it as it is now."""
+        copied = Histogram()
+        copied.counts, copied.sum = list(self.counts), self.sum
+        return copied
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Return the upper bounds, and how many durations were not above each."""
+        return list(zip((*map(str, _BOUNDS), "+Inf"), itertools.accumulate(self.counts)))
+
+
+class Meter:
+    """Counts what happens in the loop; the cache's thread has its histogram for itself."""
+
+    def __init__(self) -> None:
+        self.histograms = {name: Histogram() for name, (kind, _, _) in METRICS.items() if kind == "histogram"}
+        self._counts: dict[tuple[str, tuple[str, ...]], float] = {}
+
+    def count(self, name: str, *labels: str, by: float = 1) -> None:
+        """Add to a counter."""
+        self._counts[name, labels] = self._counts.get((name, labels), 0) + by
+
+    def value(self, name: str, *labels: str) -> float:
+        """Return a counter."""
+        return self._counts.get((name, labels), 0)
+
+    def samples(self) -> list[Sample]:
+        """Return the counters as they are."""
+        return [Sample(name, labels, value) for (name, labels), value in self._counts.items()]
+
+
+class StatusTimes:
+    """Since when each run that is pending, running or blocked is so, by its cluster's clock where that told."""
+
+    def __init__(self) -> None:
+        self._since: dict[str, float] = {}
+
+    def load(self, times: Iterable[tuple[str, str | None]]) -> None:
+        """Take over what the cache knows."""
+        self._since.update((run_id, epoch) for run_id, at in times if (epoch := epoch_of(at)) is not None)
+
+    def take(self, change: Change) -> None:
+        """Take in a change."""
+        row, before = change.row, change.previous
+        if not isinstance(row, Run):
+            return
+        if change.type == "run:removed" or row.status in TERMINAL or row.status is None:
+            self._since.pop(row.run_id, None)
+        elif not isinstance(before, Run) or before.status != row.status or row.run_id not in self._since:
+            seen = epoch_of(change.at) or 0.0
+            told = epoch_of(row.created_at if row.status == PENDING else row.updated_at) or seen
+            self._since[row.run_id] = min(told, seen)
+
+    def of(self, run_id: str) -> float | None:
+        """Return since when a run has its status, where it is an active one."""
+        return self._since.get(run_id)
+
+
+def run_samples(runs: Sequence[Run], times: StatusTimes, clusters: Iterable[str], now: float) -> Iterator[Sample]:
+    """Yield what there is to say of runs: how many there are, and of those that need somebody, each."""
+    counts = {(cluster, status): 0 for cluster in clusters for status in STATUSES}
+    wanted: list[tuple[bool, str, Run]] = []
+    for run in runs:
+        key = run.cluster, run.status or UNKNOWN
+        counts[key] = counts.get(key, 0) + 1
+        if run.status not in TERMINAL or (run.status == FAILED and _failed_at(run, now)):
+            wanted.append((run.status == BLOCKED, run.created_at or "", run))
+    for labels, count in counts.items():
+        yield Sample("fabrik_runs", labels, count)
+    for cluster in sorted({cluster for cluster, _ in counts}):
+        size = sum(count for (of, _), count in counts.items() if of == cluster)
+        yield Sample("fabrik_daemon_cache_size", (cluster,), size)
+    wanted.sort(key=lambda each: each[:2], reverse=True)
+    yield Sample("fabrik_runs_omitted", (), max(0, len(wanted) - METRIC_RUNS))
+    for _, _, run in wanted[:METRIC_RUNS]:
+        yield from _samples_of(run, times, now)
+
+
+def _failed_at(run: Run, now: float) -> float | None:
+    """Return when a run failed, None where that is over, or not known."""
+    failed_at = epoch_of(run.finished_at or run.updated_at)
+    return failed_at if failed_at is not None and now - failed_at < _FAILED_S else None
+
+
+def _samples_of(run: Run, times: StatusTimes, now: float) -> Iterator[Sample]:
+    labels = run.cluster, run.namespace, run.run_id, run.spec_id or ""
+    since, heartbeat = times.of(run.run_id), epoch_of(run.heartbeat_at)
+    if run.status == PENDING and since is not None:
+        yield Sample("fabrik_run_pending_since_timestamp_seconds", labels, since)
+    elif run.status == BLOCKED and since is not None:
+        more = run.phase or "", run.reason or ""
+        yield Sample("fabrik_run_blocked_since_timestamp_seconds", labels + more, since)
+    elif run.status == RUNNING and heartbeat is not None:
+        yield Sample("fabrik_run_heartbeat_timestamp_seconds", labels, heartbeat)
+    elif run.status == FAILED:
+        failed_at = _failed_at(run, now) or now
+        yield Sample("fabrik_run_failed_timestamp_seconds", (*labels, run.reason or ""), failed_at)
+
+
+class _Collected:
+    """What prometheus-client asks for the metrics of one moment: its protocol for custom collectors."""
+
+    def __init__(self, samples: Iterable[Sample], histograms: Mapping[str, Histogram]) -> None:
+        self._samples: dict[str, list[Sample]] = {}
+        self._histograms = histograms
+        for sample in samples:
+            self._samples.setdefault(sample.name, []).append(sample)
+
+    def collect(self) -> Iterator[prometheus_client.Metric]:
+        """Yield a family for each metric that has a value."""
+        families = prometheus_client.metrics_core
+        for name, (kind, help_text, labels) in METRICS.items():
+            if kind == "histogram" and name in self._histograms:
+                known = self._histograms[name]
+                yield families.HistogramMetricFamily(name, help_text, buckets=known.buckets(), sum_value=known.sum)
+            elif name in self._samples:
+                made = {
+                    "gauge": families.GaugeMetricFamily,
+                    "counter": families.CounterMetricFamily,
+                    "untyped": families.UntypedMetricFamily,
+                }[kind](name, help_text, labels=labels)
+                for sample in self._samples[name]:
+                    made.add_metric(sample.labels, sample.value)
+                yield made
+
+
+def format_metrics(samples: Iterable[Sample], histograms: Mapping[str, Histogram], *others: Any) -> bytes:
+    """Return metrics in Prometheus' text format, those of other collectors after them."""
+    registry = prometheus_client.CollectorRegistry(auto_describe=False)
+    for collector in (_Collected(samples, histograms), *others):
+        registry.register(collector)
+    return bytes(prometheus_client.generate_latest(registry))
+
+
+def samples_of_cluster(samples: Iterable[Sample], cluster: str) -> list[Sample]:
+    """Return the samples that tell of one cluster, or of none in particular."""
+    found = []
+    for sample in samples:
+        labels = METRICS[sample.name][2]
+        if "cluster" not in labels or sample.labels[labels.index("cluster")] == cluster:
+            found.append(sample)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # HTTP
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -4205,18 +4484,19 @@ class HttpClientCodec:
     def send_get(self, target: str, headers: Mapping[str, str], *, compressed: bool) -> bytes:
         """Return the bytes of a request. Raises ProtocolError where the last response is not through."""
         encoding = [("Accept-Encoding", "gzip")] if compressed else []
-        return self._send("GET", target, [*headers.items(), *encoding], b"")
+        return self.send("GET", target, [*headers.items(), *encoding])
 
     def send_post(self, target: str, headers: Mapping[str, str], body: bytes) -> bytes:
         """Return the bytes of a request with a JSON body. Raises as `send_get` does."""
-        about = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
-        return self._send("POST", target, [*headers.items(), *about], body)
+        return self.send("POST", target, [*headers.items(), ("Content-Type", "application/json")], body)
 
-    def _send(self, method: str, target: str, headers: Iterable[tuple[str, str]], body: bytes) -> bytes:
+    def send(self, method: str, target: str, headers: Iterable[tuple[str, str]], body: bytes = b"") -> bytes:
+        """Return the bytes of any request. Raises as `send_get` does."""
+        length = [("Content-Length", str(len(body)))] if body else []
         try:
             if self._connection.our_state is not h11.IDLE:
                 self._connection.start_next_cycle()
-            request = h11.Request(method=method, target=target, headers=[("Host", self._authority), *headers])
+            request = h11.Request(method=method, target=target, headers=[("Host", self._authority), *headers, *length])
             events = [request, *([h11.Data(data=body)] if body else []), h11.EndOfMessage()]
             return b"".join(bytes(self._connection.send(event) or b"") for event in events)
         except h11.LocalProtocolError:  # whose words may hold the token
@@ -5511,6 +5791,7 @@ class Reply(NamedTuple):
     name: str = ""  # of the list, empty where there is none
     rows: Sequence[JsonObject | Row] = ()
     etag: str = ""  # the same for the same answer
+    media_type: str = ""  # over HTTP, the body's `text` goes alone, as this
 
 
 class Later(NamedTuple):
@@ -5574,16 +5855,21 @@ class Knowledge(Protocol):
     def shutdown(self) -> None:
         """End the daemon in order, once this has been answered."""
 
+    def metrics(self) -> Callable[[], bytes]:
+        """Read the metrics of this moment; return what makes their text, which takes a while."""
+
 
 class Requests:
     """The daemon's API: a request and what it may ask of the daemon -> an answer; the same for every framing."""
 
     def __init__(self, knowledge: Knowledge) -> None:
         self._knowledge = knowledge
+        self.hits = self.misses = 0  # of reading requests
         self._actions: dict[str, Callable[[JsonObject], Answer]] = {
             "status": lambda _: Reply(knowledge.status()),
             "healthz": lambda _: Reply({}),
             "readyz": self._readyz,
+            "metrics": self._metrics,
             "ping": lambda _: Reply({}),
             "runs": lambda request: self._list(Run, request),
             "run": self._run,
@@ -5610,7 +5896,14 @@ class Requests:
         handle = self._actions.get(action)
         if handle is None:
             raise UsageError(f"no action {clip(action)!r}", nearest(action[:64], self._actions))
-        return handle(request)
+        reads = action in _READING
+        try:
+            answer = handle(request)
+        except (NotSyncedError, NotFoundError):
+            self.misses += reads
+            raise
+        self.hits += reads
+        return answer
 
     def _readyz(self, _request: JsonObject) -> Reply:
         parts = self._synced(())
@@ -5677,6 +5970,10 @@ class Requests:
         named = request["subscription"]
         return Unsubscribed(Reply({**body, "subscription": named}), identity_mark({"id": named}))
 
+    def _metrics(self, _request: JsonObject) -> Later:
+        text = self._knowledge.metrics()
+        return Later(lambda: Reply({"text": text().decode()}, media_type=METRICS_TYPE))
+
     def _shutdown(self, _request: JsonObject) -> Reply:
         self._knowledge.shutdown()
         return Reply({})
@@ -5686,6 +5983,7 @@ class Requests:
         return check_synced(self._knowledge.freshness(), clusters)
 
 
+_READING: Final = frozenset(("runs", "run", "schedules", "volumes", "warnings", "clusters", "query"))
 _FORMER_ACTIONS: Final = {"runs.list": "runs", "runs.show": "run", "clusters.list": "clusters"}
 _LIST_NAMES: Final[dict[type[TableRow], str]] = {
     Run: "runs",
@@ -5907,6 +6205,7 @@ def request_from_http(http: HttpRequest) -> JsonObject:
 
 _ROUTES: Final = {
     "/status": "status",
+    "/metrics": "metrics",
     "/healthz": "healthz",
     "/readyz": "readyz",
     **{
@@ -6140,7 +6439,10 @@ class HttpFraming:
         if isinstance(answer, Subscribed):
             yield self._stream_head(answer.subscription)
             return
-        headers = [("Content-Type", "application/json"), ("Vary", "Accept-Encoding")]
+        text = answer.body["text"] if isinstance(answer, Reply) and answer.media_type else None
+        media_type = answer.media_type if isinstance(answer, Reply) and answer.media_type else "application/json"
+        pieces = iter([text.encode()]) if text is not None else _answer_pieces(answer, request)
+        headers = [("Content-Type", media_type), ("Vary", "Accept-Encoding")]
         etag = answer.etag if isinstance(answer, Reply) else ""
         headers += [("ETag", etag), ("Cache-Control", "no-cache")] if etag else [("Cache-Control", "no-store")]
         if isinstance(answer, FabrikError):
@@ -6150,10 +6452,10 @@ class HttpFraming:
             yield self._codec.head(304, headers)
         elif self._http is not None and takes_gzip(self._http):
             yield self._codec.head(200, [*headers, ("Content-Encoding", "gzip")])
-            yield from map(self._codec.chunk, _compressed(_answer_pieces(answer, request)))
+            yield from map(self._codec.chunk, _compressed(pieces))
         else:
             yield self._codec.head(200, headers)
-            yield from map(self._codec.chunk, _answer_pieces(answer, request))
+            yield from map(self._codec.chunk, pieces)
         yield self._codec.end()
         self._http = None
 
@@ -6475,6 +6777,486 @@ def _shown_token(http: HttpRequest) -> str | None:
                 return base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4)).decode("utf-8")
             return ""
     return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shipping
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Shipment(NamedTuple):
+    """One request to a service of LAOS; the body is made off the loop."""
+
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    body: Callable[[], bytes]
+
+
+TAKEN: Final = "taken"
+REFUSED: Final = "refused"  # for good: the same again would meet the same
+FAILED_FOR_NOW: Final = "failed"
+_PERHAPS_LATER: Final = frozenset((401, 403, 404, 408, 425, 429))  # rights, a service and its load may change
+
+
+def verdict_of(status: int) -> str:
+    """Return what an HTTP status means for what was sent; 0 stands for no answer at all."""
+    if 200 <= status < 300:
+        return TAKEN
+    return REFUSED if 400 <= status < 500 and status not in _PERHAPS_LATER else FAILED_FOR_NOW
+
+
+class Shipper:
+    """When to send what to one service, one request at a time; times are monotonic."""
+
+    def __init__(self, timing: Timing, jitter: Jitter) -> None:
+        self.timing = timing
+        self._backoff = Backoff(timing._replace(backoff_max=timing.laos_retry_max), jitter)
+        self._not_before = 0.0
+
+    @property
+    def deadline(self) -> float:
+        """When `due` is to be called; infinity where nothing waits."""
+        return max(self.next_at(), self._not_before)
+
+    def next_at(self) -> float:
+        """Return when there is something to send, were it not for the back-off."""
+        raise NotImplementedError
+
+    def due(self, now: float) -> Shipment | None:
+        """Return what to send now, None where that is nothing."""
+        return self.load(now) if now >= self.deadline else None
+
+    def load(self, now: float) -> Shipment | None:
+        """Return what to send."""
+        raise NotImplementedError
+
+    def on_answer(self, status: int, said: str, retry_after_s: float | None, now: float) -> str:
+        """Take in what became of the request; return its verdict."""
+        verdict = verdict_of(status)
+        if verdict == FAILED_FOR_NOW:
+            self._not_before = now + min(self._backoff.delay(retry_after_s), 10 * self.timing.laos_retry_max)
+        else:
+            self._backoff.failures = 0
+        self.unload(verdict, said, now)
+        return verdict
+
+    def unload(self, verdict: str, said: str, now: float) -> None:
+        """Take in what became of what `load` returned last."""
+        raise NotImplementedError
+
+
+class Target(NamedTuple):
+    """One service to send to, and what of: these clusters, and where it is the overall one, what tells of none."""
+
+    kind: str
+    service: LaosService
+    clusters: frozenset[str]
+    is_overall: bool
+
+    @property
+    def key(self) -> tuple[str, LaosService]:
+        """What stays while clusters come and go."""
+        return self.kind, self.service
+
+
+def laos_targets(overall: Laos, clusters: Mapping[str, Laos]) -> list[Target]:
+    """Return where logs, alerts and metrics go; `clusters` have the overall settings in theirs, the first ones lead."""
+    found: list[Target] = []
+    for kind in ("loki", "alertmanager", "pushgateway"):
+        services: dict[LaosService, set[str]] = {}
+        first = getattr(overall, kind)
+        if first is not None and kind != "alertmanager":
+            services[first] = set()
+        for name, laos in clusters.items():
+            service = getattr(laos, kind)
+            if service is not None and (kind != "alertmanager" or laos.alerts == "direct"):
+                services.setdefault(service, set()).add(name)
+        leading = next(iter(services), None)
+        found += [Target(kind, service, frozenset(names), service == leading) for service, names in services.items()]
+    return found
+
+
+class MetricsPush(Shipper):
+    """Pushes the metrics to a Pushgateway again and again, each time in place of those before."""
+
+    def __init__(self, timing: Timing, jitter: Jitter, host: str, read: Callable[[], Callable[[], bytes]]) -> None:
+        super().__init__(timing, jitter)
+        self._path = f"/metrics/job/fabrik-daemon/instance/{urllib.parse.quote(host, safe='')}"
+        self._read = read  # in the loop; what it returns makes the text, off the loop
+        self._next_at = 0.0
+
+    def next_at(self) -> float:
+        """Return when the next push is due."""
+        return self._next_at
+
+    def load(self, now: float) -> Shipment:
+        """Return a push of what is known at this moment."""
+        self._next_at = now + self.timing.push
+        return Shipment("PUT", self._path, {"Content-Type": METRICS_TYPE}, self._read())
+
+    def unload(self, verdict: str, said: str, now: float) -> None:
+        """Push sooner where this one failed."""
+        if verdict == FAILED_FOR_NOW:
+            self._next_at = now
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shipping: logs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class SpoolLine(NamedTuple):
+    """A line on its way to Loki."""
+
+    stream: tuple[tuple[str, str], ...]  # labels: few, since each set of values is a stream that Loki keeps apart
+    time_ns: int
+    text: str
+    metadata: tuple[tuple[str, str], ...]
+
+    @property
+    def size(self) -> int:
+        """About what it takes, here and in a request."""
+        return len(self.text) + 256
+
+
+def format_push(lines: Sequence[SpoolLine], *, metadata: bool) -> bytes:
+    """Return the body of a push to Loki (grafana.com/docs/loki, "Ingest logs"), gzipped."""
+    streams: dict[tuple[tuple[str, str], ...], list[list[Any]]] = {}
+    for line in lines:
+        value: list[Any] = [str(line.time_ns), line.text]
+        streams.setdefault(line.stream, []).append([*value, dict(line.metadata)] if metadata else value)
+    told = {"streams": [{"stream": dict(labels), "values": values} for labels, values in streams.items()]}
+    return gzip.compress(format_line(told), 5, mtime=0)
+
+
+class LogSpool(Shipper):
+    """The daemon's log on its way to Loki, in memory; past its bound, the oldest lines give way and are counted."""
+
+    def __init__(self, timing: Timing, jitter: Jitter, labels: Mapping[str, str], metadata: Mapping[str, str]) -> None:
+        super().__init__(timing, jitter)
+        self._labels = dict(labels)
+        self._metadata = dict(metadata)
+        self._lines: deque[SpoolLine] = deque()
+        self._batch: list[SpoolLine] = []  # on its way
+        self._bytes = 0  # of both
+        self._since = math.inf  # when the first of the lines came
+        self._last_ns = 0
+        self._takes_metadata = True  # until Loki says that it does not: before 3.0 it had to be switched on
+        self.sent = 0
+        self.dropped = 0
+
+    def __len__(self) -> int:
+        """Return the number of lines that wait."""
+        return len(self._lines) + len(self._batch)
+
+    def put(self, line: JsonObject, now: float) -> None:
+        """Queue a line of the log: `time`, `level`, `message`, and what else it says."""
+        told_ns = int((epoch_of(line["time"]) or 0.0) * 1000 + 0.5) * 1_000_000
+        self._last_ns = max(told_ns, self._last_ns + 1)  # of two alike at one time, Loki would keep one
+        of_stream = {**self._labels, "cluster": str(line.get("cluster") or ""), "level": str(line["level"])}
+        stream = tuple((name, value) for name, value in of_stream.items() if value)
+        text = json.dumps({**line, "message": clip(line["message"]) or ""}, ensure_ascii=False)
+        more = {name: str(value) for name, value in line.items() if name not in ("time", "level", "message", "cluster")}
+        entry = SpoolLine(stream, self._last_ns, text, tuple({**self._metadata, **more}.items()))
+        if not self._lines:
+            self._since = now
+        self._lines.append(entry)
+        self._bytes += entry.size
+        self._keep_bound()
+
+    def next_at(self) -> float:
+        """Return when the lines that wait are to go: soon, at once where they fill a batch."""
+        if self._batch or not self._lines:
+            return math.inf
+        return 0.0 if self._bytes >= LOKI_BATCH_BYTES else self._since + self.timing.log_batch
+
+    def load(self, now: float) -> Shipment | None:
+        """Return a push of the oldest lines; what Loki would refuse for its age stays here."""
+        size, oldest_ns = 0, self._last_ns - LOKI_OLDEST_S * 1_000_000_000
+        while self._lines and size < LOKI_BATCH_BYTES:
+            line = self._lines.popleft()
+            if line.time_ns < oldest_ns:
+                self._drop([line])
+            else:
+                self._batch.append(line)
+                size += line.size
+        self._since = now
+        lines, metadata = tuple(self._batch), self._takes_metadata
+        headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+        return Shipment("POST", "/loki/api/v1/push", headers, lambda: format_push(lines, metadata=metadata))
+
+    def unload(self, verdict: str, said: str, now: float) -> None:
+        """Let the lines go, or put them back to be sent again."""
+        batch, self._batch = self._batch, []
+        if verdict == TAKEN:
+            self.sent += len(batch)
+            self._bytes -= sum(line.size for line in batch)
+        elif verdict == REFUSED and not (self._takes_metadata and "structured metadata" in said.lower()):
+            self._drop(batch)
+        else:
+            self._takes_metadata = self._takes_metadata and verdict != REFUSED
+            self._lines.extendleft(reversed(batch))
+            self._since = min(self._since, now)
+            self._keep_bound()
+
+    def _keep_bound(self) -> None:
+        while self._lines and self._bytes > LOKI_SPOOL_BYTES:
+            self._drop([self._lines.popleft()])
+
+    def _drop(self, lines: Sequence[SpoolLine]) -> None:
+        self.dropped += len(lines)
+        self._bytes -= sum(line.size for line in lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shipping: alerts
+# ----------------------------------------------------------------------------------------------------------------------
+
+Labels = tuple[tuple[str, str], ...]
+
+GATE_ALERT: Final = "FabrikHumanGateBlocked"
+FAILED_ALERT: Final = "FabrikRunFailed"
+CREDENTIALS_ALERT: Final = "FabrikCredentialsExhausted"
+PENDING_ALERT: Final = "FabrikRunPending"
+HEARTBEAT_ALERT: Final = "FabrikHeartbeatStale"
+SCHEDULE_ALERT: Final = "FabrikScheduleMissed"
+SEVERITIES: Final = {
+    GATE_ALERT: "P1",
+    FAILED_ALERT: "P1",
+    CREDENTIALS_ALERT: "P1",
+    PENDING_ALERT: "P2",
+    HEARTBEAT_ALERT: "P2",
+    SCHEDULE_ALERT: "P2",
+}
+_EXHAUSTED: Final = "rate_limit_exhausted"
+_BY_TIME: Final = frozenset((PENDING_ALERT, HEARTBEAT_ALERT, SCHEDULE_ALERT))  # silence may also be our own
+
+
+class Cause(NamedTuple):
+    """Why a row is worth an alert, and when: from one epoch up to another."""
+
+    alertname: str
+    row: Run | Schedule
+    begins_at: float
+    ends_at: float = math.inf
+
+    @property
+    def labels(self) -> Labels:
+        """What tells this alert from every other; Alertmanager's rule is that no value is empty."""
+        row = self.row
+        named: dict[str, str | None] = {"alertname": self.alertname, "severity": SEVERITIES[self.alertname]}
+        named |= {"cluster": row.cluster, "namespace": row.namespace}
+        if isinstance(row, Schedule):
+            named["schedule"] = row.name
+        else:
+            named |= {"run_id": row.run_id, "spec_id": row.spec_id}
+        return tuple((name, value) for name, value in named.items() if value)
+
+
+def causes_of(row: Run | Schedule, since: float | None, timing: Timing, skew_s: float) -> list[Cause]:
+    """Return what a row is worth an alert for: conventions.md, "What is worth an alert"."""
+    if isinstance(row, Schedule):
+        return [Cause(SCHEDULE_ALERT, row, 0.0)] if row.missed else []
+    if row.status == BLOCKED:
+        exhausted = row.reason == _EXHAUSTED
+        names = [CREDENTIALS_ALERT] if exhausted else []
+        names += [GATE_ALERT] if row.phase == GATE or not exhausted else []
+        return [Cause(name, row, since or 0.0) for name in names]
+    if row.status == PENDING and since is not None:
+        return [Cause(PENDING_ALERT, row, since + timing.alert_pending)]
+    if row.status == RUNNING and row.heartbeat_at:
+        return [Cause(HEARTBEAT_ALERT, row, (epoch_of(row.heartbeat_at) or 0.0) - skew_s + timing.alert_heartbeat)]
+    failed_at = epoch_of(row.finished_at or row.updated_at) if row.status == FAILED else None
+    return [] if failed_at is None else [Cause(FAILED_ALERT, row, failed_at, failed_at + timing.alert_failed)]
+
+
+def annotations_of(cause: Cause) -> dict[str, str]:
+    """Return what a person is told: what is the matter, and what to do next, with the exact command."""
+    row = cause.row
+    if isinstance(row, Schedule):
+        where = f"in {row.namespace} on {row.cluster}"
+        return {
+            "summary": f"Schedule {row.name} missed {row.missed} runs",
+            "description": f"CronJob {row.name} ({row.schedule}) {where} last ran {row.last_run_at or 'never'}."
+            f" See why: kubectl describe cronjob -n {_word(row.namespace)} {_word(row.name)}",
+        }
+    spec = f" of {row.spec_id}" if row.spec_id else ""
+    who, show = f"Run {row.run_id}{spec} on {row.cluster}", f"fabrik-daemon runs show --id {_word(row.run_id)}"
+    task = f" at task {row.current_task}" if row.current_task else ""
+    pod = f"-n {_word(row.namespace)} {_word(row.pod_name or '')}".rstrip()
+    summary, description = {
+        GATE_ALERT: (
+            f"Run {row.run_id} waits at its human gate",
+            f"{who} waits for a person{task}, without a deadline. Read what it asks, then approve or answer: {show}",
+        ),
+        CREDENTIALS_ALERT: (
+            f"Run {row.run_id} has no credentials left",
+            f"{who} is blocked{task}: {_EXHAUSTED}. Add credentials, or wait for the limit to reset, and see: {show}",
+        ),
+        FAILED_ALERT: (
+            f"Run {row.run_id} failed: {row.reason or 'no reason given'}",
+            f"{who} failed{task} after its retries. Read why: {show}",
+        ),
+        PENDING_ALERT: (
+            f"Run {row.run_id} does not start",
+            f"{who} is pending: {row.reason or 'no reason given'}. See its warnings: {show}",
+        ),
+        HEARTBEAT_ALERT: (
+            f"Run {row.run_id} is silent",
+            f"{who} runs{task}, and last reported at {row.heartbeat_at}. Read its log: kubectl logs --tail=100 {pod}",
+        ),
+    }[cause.alertname]
+    return {"summary": summary, "description": description}
+
+
+def _word(text: str) -> str:
+    """Return a name as a word of a command line, quoted where a cluster put more into it than names have."""
+    return text if re.fullmatch(r"[\w.@/:-]*", text, re.ASCII) else "'" + text.replace("'", "'\\''") + "'"
+
+
+class AlertRow(NamedTuple):
+    """A row of `alerts`; the fingerprint is the labels as JSON, since they are all that tells alerts apart."""
+
+    fingerprint: str
+    alertname: str
+    cluster: str | None
+    run_id: str | None
+    starts_at: str
+    ends_at: str | None = None  # None: it fires
+
+
+class _Alert:
+    """An alert that fires, or did not long ago."""
+
+    def __init__(self, labels: Labels, starts_at: str) -> None:
+        self.labels = labels
+        self.starts_at = starts_at
+        self.ends_at: float | None = None
+        self.annotations: dict[str, str] = {}
+        self.send_at = 0.0  # monotonic
+        self.alone = False  # one that it was sent with was refused
+
+    def row(self) -> AlertRow:
+        known = dict(self.labels)
+        ends_at = None if self.ends_at is None else format_time(self.ends_at, milliseconds=True)
+        fingerprint = json.dumps(known, ensure_ascii=False)
+        return AlertRow(
+            fingerprint, known["alertname"], known.get("cluster"), known.get("run_id"), self.starts_at, ends_at
+        )
+
+
+class AlertBook(Shipper):
+    """The alerts of some clusters for one Alertmanager: what fires, and when each is to be told again."""
+
+    def __init__(self, timing: Timing, jitter: Jitter, clusters: frozenset[str]) -> None:
+        super().__init__(timing, jitter)
+        self.clusters = clusters
+        self._causes: dict[Labels, Cause] = {}
+        self._labels: dict[tuple[str, ...], list[Labels]] = {}  # of each row
+        self._alerts: dict[Labels, _Alert] = {}
+        self._batch: list[_Alert] = []  # on its way
+        self._epoch = 0.0  # at the monotonic clock's beginning
+
+    def load_rows(self, rows: Iterable[AlertRow]) -> None:
+        """Take over what the cache holds: an alert that goes on keeps its beginning."""
+        for row in rows:
+            said = parse_json(row.fingerprint) or {}
+            if said.get("cluster") in self.clusters and row.alertname in SEVERITIES:
+                labels = tuple((str(name), str(value)) for name, value in said.items())
+                alert = self._alerts[labels] = _Alert(labels, row.starts_at)
+                alert.ends_at = epoch_of(row.ends_at)
+                alert.annotations = {"summary": f"{row.alertname} is over"}
+
+    def observe(self, row: Run | Schedule, causes: Iterable[Cause]) -> None:
+        """Take in what a row is worth an alert for now, nothing where it is gone."""
+        key = (type(row).__name__, *row_key(row))
+        for labels in self._labels.pop(key, ()):
+            self._causes.pop(labels, None)
+        found = {cause.labels: cause for cause in causes}
+        self._causes.update(found)
+        if found:
+            self._labels[key] = list(found)
+
+    def check(self, at: float, now: float, *, known: Set[str], live: Set[str]) -> list[AlertRow]:
+        """Let begin and end what is due at an epoch; return the rows that this changes.
+
+        `known` clusters were listed since the start, `live` ones miss nothing now: a daemon that hears nothing must
+        take that neither for a run's silence nor for its end.
+        """
+        changed: list[AlertRow] = []
+        self._epoch = at - now
+        for labels, cause in self._causes.items():
+            alert, live_enough = self._alerts.get(labels), live if cause.alertname in _BY_TIME else known
+            fires = alert is not None and alert.ends_at is None
+            if not fires and cause.begins_at <= at < cause.ends_at and cause.row.cluster in live_enough:
+                began_at = min(max(cause.begins_at, alert.ends_at or 0.0 if alert else 0.0) or at, at)
+                alert = self._alerts[labels] = _Alert(labels, format_time(began_at, milliseconds=True))
+                alert.send_at = now + self.timing.alert_batch
+                changed.append(alert.row())
+        for labels, alert in self._alerts.items():
+            cause_now = self._causes.get(labels)
+            over = cause_now is None or not cause_now.begins_at <= at < cause_now.ends_at
+            if alert.ends_at is None and over and dict(labels)["cluster"] in known:
+                alert.ends_at, alert.send_at, alert.alone = at, now + self.timing.alert_batch, False
+                changed.append(alert.row())
+        return changed
+
+    def forget(self, at: float) -> list[AlertRow]:
+        """Forget, and return, what has been over for long enough."""
+        limit = at - self.timing.alert_resolved
+        done = [alert for alert in self._alerts.values() if alert.ends_at is not None and alert.ends_at < limit]
+        for alert in done:
+            del self._alerts[alert.labels]
+        return [alert.row() for alert in done]
+
+    def firing(self) -> dict[tuple[str, str], int]:
+        """Return how many alerts fire, of each cluster and name."""
+        counts: dict[tuple[str, str], int] = {}
+        for alert in self._alerts.values():
+            known = dict(alert.labels)
+            key = known.get("cluster", ""), known["alertname"]
+            counts[key] = counts.get(key, 0) + (alert.ends_at is None)
+        return counts
+
+    def next_at(self) -> float:
+        """Return when the next alert is to be told, or told again."""
+        return math.inf if self._batch else min((alert.send_at for alert in self._alerts.values()), default=math.inf)
+
+    def load(self, now: float) -> Shipment | None:
+        """Return the alerts that are due; one whose company was refused goes alone, so that it bars no other."""
+        due = [alert for alert in self._alerts.values() if alert.send_at <= now]
+        alone = [alert for alert in due if alert.alone]
+        self._batch = alone[:1] or due[:ALERTS_AT_ONCE]
+        told = [self._told(alert, now) for alert in self._batch]
+        if not told:
+            return None
+        return Shipment("POST", "/api/v2/alerts", {"Content-Type": "application/json"}, lambda: _format_list(told))
+
+    def unload(self, verdict: str, said: str, now: float) -> None:
+        """Tell alerts that were taken again in a while; find out which of a refused company was meant."""
+        batch, self._batch = self._batch, []
+        for alert in batch:
+            if verdict == TAKEN:
+                alert.send_at, alert.alone = now + self.timing.alert_resend, False
+            elif verdict == REFUSED:
+                alert.send_at = math.inf if alert.alone else now
+                alert.alone = True
+
+    def _told(self, alert: _Alert, now: float) -> JsonObject:
+        cause = self._causes.get(alert.labels)
+        alert.annotations = annotations_of(cause) if cause is not None else alert.annotations
+        ends_at = alert.ends_at or self._epoch + now + 4 * self.timing.alert_resend
+        return {
+            "labels": dict(alert.labels),
+            "annotations": alert.annotations,
+            "startsAt": alert.starts_at,
+            "endsAt": format_time(ends_at, milliseconds=True),
+        }
+
+
+def _format_list(values: Sequence[JsonObject]) -> bytes:
+    return json.dumps(values, ensure_ascii=False).encode("utf-8", "replace")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -7771,6 +8553,7 @@ class Route(NamedTuple):
     context: ssl.SSLContext | None  # None: plain HTTP
     server_name: str | None  # where it is not the endpoint's host
     proxy: Proxy | None
+    pool: str = "names"  # where its name is looked up
 
 
 class Dialer:
@@ -7808,7 +8591,7 @@ class Dialer:
         self._timer = self._reactor.call_later(
             patience, lambda: self._finish(None, f"{first.host}:{first.port} did not answer within {patience:g} s")
         )
-        self._reactor.run_blocking(look_up, done, "names")
+        self._reactor.run_blocking(look_up, done, self._route.pool)
 
     def cancel(self) -> None:
         """Give up; nothing is told any more."""
@@ -8076,6 +8859,138 @@ def tune(sock: socket.socket) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Cache: reading
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def size_of(path: str) -> int:
+    """Return a file's size, 0 where there is none."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+def lock_path(cache: str) -> str:
+    """Return where a cache's lock is."""
+    return os.path.join(os.path.dirname(os.path.abspath(cache)), "daemon.lock")
+
+
+def is_kept_up(cache: str) -> bool:
+    """Say whether a daemon keeps this cache up to date at this moment."""
+    try:
+        file = os.open(lock_path(cache), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(file)
+
+
+def held_after(connection: sqlite3.Connection) -> int:
+    """Return after which number `changes` holds every change."""
+    return int(meta_of(connection, "changes_after") or 0)
+
+
+CHANGES_SQL: Final = "SELECT seq, type, at, row, before FROM changes"
+
+
+def meta_of(connection: sqlite3.Connection, key: str) -> str:
+    """Return a value of `meta`, empty where there is none."""
+    found = connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+    return str(found[0]) if found else ""
+
+
+def _connect_readonly(path: str) -> sqlite3.Connection:
+    folder = os.path.dirname(os.path.abspath(path))
+    fixed = not os.access(folder, os.W_OK) and not size_of(path + "-wal")  # SQLite could not make its index there
+    uri = "file:" + re.sub(r"[%?#]", lambda match: f"%{ord(match[0]):02x}", os.path.abspath(path))
+    flags = "mode=ro&immutable=1" if fixed else "mode=ro"
+    try:
+        return sqlite3.connect(f"{uri}?{flags}", uri=True, isolation_level=None, check_same_thread=False)
+    except sqlite3.Error as error:
+        raise CacheError(f"{path}: {error}", "name another place with --cache") from None
+
+
+class CacheReader:
+    """Reads the cache, with or without a daemon, also where nothing may be written."""
+
+    def __init__(self, path: str) -> None:
+        """Open the cache. Raises CacheError."""
+        if not os.path.exists(path):
+            raise CacheError(
+                f"nothing is known yet: no cache at {path}", "run 'fabrik-daemon start' or 'fabrik-daemon sync'"
+            )
+        self.connection = _connect_readonly(path)
+        try:
+            self._check_version(path)
+        except CacheError:
+            self.connection.close()
+            raise
+        self._kept_up = is_kept_up(path)
+
+    def _check_version(self, path: str) -> None:
+        try:
+            found = self.connection.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone()
+        except sqlite3.Error as error:
+            raise CacheError(f"{path}: {error}", "start the daemon, which sets a damaged cache aside") from None
+        version = int(found[0]) if found else 0
+        if version != len(MIGRATIONS):
+            told = f"{path} has schema {version}, this fabrik-daemon reads {len(MIGRATIONS)}"
+            raise CacheError(told, "use the same version for both")
+
+    def close(self) -> None:
+        """Close the cache."""
+        self.connection.close()
+
+    def rows(self, sql: str, values: Sequence[Any] = ()) -> list[JsonObject]:
+        """Return the rows of a query of ours, as objects. Raises CacheError."""
+        try:
+            cursor = self.connection.execute(sql, values)
+            names = [column[0] for column in cursor.description]
+            return [dict(zip(names, row)) for row in cursor]
+        except sqlite3.Error as error:
+            raise CacheError(f"the cache cannot be read: {error}") from None
+
+    def freshness(self) -> list[Freshness]:
+        """Return how old each cluster's part is: by the watch that is behind the others, forbidden ones left out."""
+        found = self.rows(
+            "SELECT c.name, c.connected, c.error, coalesce(min(CASE WHEN w.state = 'forbidden' THEN NULL"
+            " ELSE coalesce(w.synced_at, '') END), min(w.synced_at)) AS synced_at FROM clusters c"
+            " LEFT JOIN watches w ON w.cluster = c.name GROUP BY c.name ORDER BY c.priority, c.name"
+        )
+        return [
+            Freshness(row["name"], bool(row["connected"]) and self._kept_up, row["synced_at"] or None, row["error"])
+            for row in found
+        ]
+
+    def held(self, seq: int) -> Held:
+        """Return some of the changes after a number. Raises CacheError."""
+        try:
+            rows = self.connection.execute(f"{CHANGES_SQL} WHERE seq > ? ORDER BY seq LIMIT ?", (seq, REPLAYED_AT_ONCE))
+            return Held([change_from(*row) for row in rows], held_after(self.connection) <= seq)
+        except sqlite3.Error as error:
+            raise CacheError(f"the cache cannot be read: {error}") from None
+
+    def run_details(self, run_id: str) -> JsonObject:
+        """Return a run's events, volumes and warnings."""
+        events = self.rows(
+            "SELECT * FROM (SELECT * FROM run_events WHERE run_id = ? ORDER BY id DESC LIMIT ?) ORDER BY id",
+            (run_id, RUN_EVENTS_SHOWN),
+        )
+        for event in events:
+            event["payload"] = parse_json_object(event["payload"])
+        volumes = self.rows("SELECT * FROM volumes WHERE run_id = ? ORDER BY namespace, name", (run_id,))
+        warnings = self.rows("SELECT * FROM cluster_events WHERE run_id = ? ORDER BY last_at", (run_id,))
+        return {"events": events, "volumes": volumes, "warnings": warnings}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Cache
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -8089,10 +9004,12 @@ class CacheThread:
         self._timing = timing
         self._log = log
         self._queue: queue.SimpleQueue[list[Statement] | None] = queue.SimpleQueue()
+        self._queued_at: deque[float] = deque()  # of what is queued, in the same order
         self._thread = threading.Thread(target=self._run, name="cache", daemon=True)
         self._stopping = False
         self._pinned = False  # a reader keeps the write-ahead log from being emptied
         self.error: str | None = None  # why writing is impossible or slowed at present
+        self.on_written: Callable[[float], None] = lambda seconds: None  # what a change took to its commit
         self.on_rebuilt: Callable[[], None] = lambda: None  # a damaged cache was set aside: write everything again
 
     def start(self) -> None:
@@ -8102,7 +9019,13 @@ class CacheThread:
     def put(self, unit: list[Statement]) -> None:
         """Have some statements written together; returns at once."""
         if unit:
+            self._queued_at.append(time.monotonic())
             self._queue.put(unit)
+
+    @property
+    def waiting(self) -> int:
+        """How many units wait to be written, or are being."""
+        return len(self._queued_at)
 
     def held(self, seq: int) -> Held:
         """Return some of the changes after a number, read beside the writer; takes disk. Raises CacheError."""
@@ -8122,6 +9045,9 @@ class CacheThread:
             units, more = self._batch()
             if units:
                 self._write(units)
+                now = time.monotonic()
+                for _ in units:
+                    self.on_written(now - self._queued_at.popleft())
                 self._look_at_log()
         self._connection.close()
 
@@ -8193,12 +9119,12 @@ class CacheThread:
 
     def _look_at_log(self) -> None:
         """Slow down while a reader pins the write-ahead log, which would grow without end."""
-        if _size_of(self._path + "-wal") > WAL_MAX_BYTES:
+        if size_of(self._path + "-wal") > WAL_MAX_BYTES:
             with contextlib.suppress(sqlite3.OperationalError):
                 self._connection.execute("PRAGMA busy_timeout = 0")
                 self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             self._connection.execute(f"PRAGMA busy_timeout = {CACHE_BUSY_MS}")
-        pinned = _size_of(self._path + "-wal") > WAL_MAX_BYTES
+        pinned = size_of(self._path + "-wal") > WAL_MAX_BYTES
         if pinned and not self._pinned:
             self.error = f"a reader pins the WAL of cache.db: written every {self._timing.pinned_batch:g} s only"
             self._log.warning("%s", self.error)
@@ -8206,13 +9132,6 @@ class CacheThread:
             self.error = None
             self._log.info("the cache's write-ahead log is small again")
         self._pinned = pinned
-
-
-def _size_of(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return 0
 
 
 def set_aside(path: str, error: Exception, log: logging.Logger) -> None:
@@ -8255,27 +9174,6 @@ class SingleInstance:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
-
-
-def lock_path(cache: str) -> str:
-    """Return where a cache's lock is."""
-    return os.path.join(os.path.dirname(os.path.abspath(cache)), "daemon.lock")
-
-
-def is_kept_up(cache: str) -> bool:
-    """Say whether a daemon keeps this cache up to date at this moment."""
-    try:
-        file = os.open(lock_path(cache), os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    else:
-        return False
-    finally:
-        os.close(file)
 
 
 def prepare_cache_folder(cache: str) -> None:
@@ -8362,6 +9260,8 @@ class Resumption(NamedTuple):
     followed: dict[str, str]  # cluster -> what stood behind its name when it was last followed
     past: Past
     kept: dict[str, str]  # run_id -> the uid of the Job whose last lines were fetched
+    alerts: list[AlertRow]
+    since: list[tuple[str, str | None]]  # run_id and since when it has the status it has, of active runs
 
     def take_versions(self, name: str, followed: str) -> dict[Scope, tuple[str, str]]:
         """Return, once, where a cluster's watches go on; nowhere where something else stands behind its name now."""
@@ -8379,7 +9279,7 @@ def resume_from(path: str, connection: sqlite3.Connection, log: logging.Logger) 
 
 
 def _resume(connection: sqlite3.Connection, log: logging.Logger) -> Resumption:
-    reserved = int(_meta(connection, "reserved_seq") or 0)
+    reserved = int(meta_of(connection, "reserved_seq") or 0)
     with connection:
         connection.execute("BEGIN IMMEDIATE")
         connection.execute("INSERT OR IGNORE INTO meta (key, value) VALUES ('stream', ?)", (str(uuid.uuid4()),))
@@ -8403,119 +9303,32 @@ def _resume(connection: sqlite3.Connection, log: logging.Logger) -> Resumption:
         )
     }
     followed = {
-        name: _meta(connection, f"followed:{name}") for (name,) in connection.execute("SELECT name FROM clusters")
+        name: meta_of(connection, f"followed:{name}") for (name,) in connection.execute("SELECT name FROM clusters")
     }
     uids = dict(connection.execute("SELECT name, uid FROM clusters WHERE uid IS NOT NULL"))
     snapshot = Snapshot(objects, rows, tuple(versions), reserved)
     sql = "SELECT substr(key, ?), value FROM meta WHERE key GLOB ?"
     kept = dict(connection.execute(sql, (len(KEPT_META) + 1, KEPT_META + "*")))
-    return Resumption(snapshot, versions, uids, followed, past, kept)
+    columns = ", ".join(AlertRow._fields)
+    alerts = [AlertRow(*values) for values in connection.execute(f"SELECT {columns} FROM alerts")]  # noqa: S608
+    since = connection.execute(_SINCE).fetchall()
+    return Resumption(snapshot, versions, uids, followed, past, kept, alerts, since)
+
+
+_SINCE: Final = (
+    "SELECT run_id, coalesce(cluster_timestamp, local_timestamp) FROM run_events WHERE id IN (SELECT max(e.id)"
+    " FROM run_events e JOIN runs r ON r.run_id = e.run_id WHERE e.event_type = 'status_changed'"
+    " AND r.status IN ('pending', 'running', 'blocked') GROUP BY e.run_id)"
+)
 
 
 def _past(connection: sqlite3.Connection, seq: int) -> Past:
-    after, limit = _held_after(connection), HISTORY_LOADED
-    rows = connection.execute(f"{_CHANGES} WHERE seq > ? ORDER BY seq DESC LIMIT ?", (after, limit))
+    after, limit = held_after(connection), HISTORY_LOADED
+    rows = connection.execute(f"{CHANGES_SQL} WHERE seq > ? ORDER BY seq DESC LIMIT ?", (after, limit))
     changes = [change_from(*row) for row in rows][::-1]
     after = changes[0].seq - 1 if len(changes) == limit else after
-    upto = max(int(_meta(connection, "begun_at") or 0), changes[-1].seq if changes else 0)
-    return Past(Cursor(_meta(connection, "stream"), seq), changes, after, upto)
-
-
-def _held_after(connection: sqlite3.Connection) -> int:
-    """Return after which number `changes` holds every change."""
-    return int(_meta(connection, "changes_after") or 0)
-
-
-_CHANGES: Final = "SELECT seq, type, at, row, before FROM changes"
-
-
-def _meta(connection: sqlite3.Connection, key: str) -> str:
-    found = connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-    return str(found[0]) if found else ""
-
-
-def _connect_readonly(path: str) -> sqlite3.Connection:
-    folder = os.path.dirname(os.path.abspath(path))
-    fixed = not os.access(folder, os.W_OK) and not _size_of(path + "-wal")  # SQLite could not make its index there
-    uri = "file:" + re.sub(r"[%?#]", lambda match: f"%{ord(match[0]):02x}", os.path.abspath(path))
-    flags = "mode=ro&immutable=1" if fixed else "mode=ro"
-    try:
-        return sqlite3.connect(f"{uri}?{flags}", uri=True, isolation_level=None, check_same_thread=False)
-    except sqlite3.Error as error:
-        raise CacheError(f"{path}: {error}", "name another place with --cache") from None
-
-
-class CacheReader:
-    """Reads the cache, with or without a daemon, also where nothing may be written."""
-
-    def __init__(self, path: str) -> None:
-        """Open the cache. Raises CacheError."""
-        if not os.path.exists(path):
-            raise CacheError(
-                f"nothing is known yet: no cache at {path}", "run 'fabrik-daemon start' or 'fabrik-daemon sync'"
-            )
-        self.connection = _connect_readonly(path)
-        try:
-            self._check_version(path)
-        except CacheError:
-            self.connection.close()
-            raise
-        self._kept_up = is_kept_up(path)
-
-    def _check_version(self, path: str) -> None:
-        try:
-            found = self.connection.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone()
-        except sqlite3.Error as error:
-            raise CacheError(f"{path}: {error}", "start the daemon, which sets a damaged cache aside") from None
-        version = int(found[0]) if found else 0
-        if version != len(MIGRATIONS):
-            told = f"{path} has schema {version}, this fabrik-daemon reads {len(MIGRATIONS)}"
-            raise CacheError(told, "use the same version for both")
-
-    def close(self) -> None:
-        """Close the cache."""
-        self.connection.close()
-
-    def rows(self, sql: str, values: Sequence[Any] = ()) -> list[JsonObject]:
-        """Return the rows of a query of ours, as objects. Raises CacheError."""
-        try:
-            cursor = self.connection.execute(sql, values)
-            names = [column[0] for column in cursor.description]
-            return [dict(zip(names, row)) for row in cursor]
-        except sqlite3.Error as error:
-            raise CacheError(f"the cache cannot be read: {error}") from None
-
-    def freshness(self) -> list[Freshness]:
-        """Return how old each cluster's part is: by the watch that is behind the others, forbidden ones left out."""
-        found = self.rows(
-            "SELECT c.name, c.connected, c.error, coalesce(min(CASE WHEN w.state = 'forbidden' THEN NULL"
-            " ELSE coalesce(w.synced_at, '') END), min(w.synced_at)) AS synced_at FROM clusters c"
-            " LEFT JOIN watches w ON w.cluster = c.name GROUP BY c.name ORDER BY c.priority, c.name"
-        )
-        return [
-            Freshness(row["name"], bool(row["connected"]) and self._kept_up, row["synced_at"] or None, row["error"])
-            for row in found
-        ]
-
-    def held(self, seq: int) -> Held:
-        """Return some of the changes after a number. Raises CacheError."""
-        try:
-            rows = self.connection.execute(f"{_CHANGES} WHERE seq > ? ORDER BY seq LIMIT ?", (seq, REPLAYED_AT_ONCE))
-            return Held([change_from(*row) for row in rows], _held_after(self.connection) <= seq)
-        except sqlite3.Error as error:
-            raise CacheError(f"the cache cannot be read: {error}") from None
-
-    def run_details(self, run_id: str) -> JsonObject:
-        """Return a run's events, volumes and warnings."""
-        events = self.rows(
-            "SELECT * FROM (SELECT * FROM run_events WHERE run_id = ? ORDER BY id DESC LIMIT ?) ORDER BY id",
-            (run_id, RUN_EVENTS_SHOWN),
-        )
-        for event in events:
-            event["payload"] = parse_json_object(event["payload"])
-        volumes = self.rows("SELECT * FROM volumes WHERE run_id = ? ORDER BY namespace, name", (run_id,))
-        warnings = self.rows("SELECT * FROM cluster_events WHERE run_id = ? ORDER BY last_at", (run_id,))
-        return {"events": events, "volumes": volumes, "warnings": warnings}
+    upto = max(int(meta_of(connection, "begun_at") or 0), changes[-1].seq if changes else 0)
+    return Past(Cursor(meta_of(connection, "stream"), seq), changes, after, upto)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -8935,6 +9748,9 @@ class WatchSink(Protocol):
     def on_list(self, scope: Scope, resource_version: str, items: list[Facts]) -> None:
         """Take in the whole list of a scope."""
 
+    def on_watch_open(self, scope: Scope) -> None:
+        """Take in that a watch has begun."""
+
     def on_bookmark(self, scope: Scope, resource_version: str) -> None:
         """Take in that everything up to this version is known."""
 
@@ -9096,6 +9912,7 @@ class Watcher(ClientHandler):
         self._reader.head = head
         self._owner.on_head(head)
         if head.status == 200 and self._reader.is_watch:
+            self._sink.on_watch_open(self.scope)
             self._do(self._machine.on_watch_open(self._reactor.now()))
 
     def _on_body(self, data: bytes) -> Iterator[None]:
@@ -9243,6 +10060,7 @@ class ClusterState:
     def __init__(self) -> None:
         self.error: FabrikError | None = None  # why there is no connection to try at all
         self.renewal_error: str | None = None  # why the credentials cannot be resolved anew
+        self.expires_at: float | None = None  # the credentials, as seconds since 1970
         self.watchers: list[Watcher] = []
 
     @property
@@ -9405,7 +10223,7 @@ class Cluster(ClusterState):
             except ConfigError as error:
                 self._on_unresolved(ConfigError(f"{self.spec.kubeconfig}: {error.message}", error.hint))
                 return
-            before, self._connection, self._route = self._connection, result, route
+            before, self._connection, self._route, self.expires_at = self._connection, result, route, result.expires_at
             self.server, self.error, self.renewal_error, self._files = result.server, None, None, result.files
             self._after("renew", result.renew_in(time.time(), self._timing), self.renew)
             self._go_on(before, result)
@@ -10466,6 +11284,203 @@ class Server:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Pusher
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Post(NamedTuple):
+    """What couriers share."""
+
+    reactor: Reactor
+    timing: Timing
+    meter: Meter
+    log: logging.Logger
+
+
+class _Ready(NamedTuple):
+    """A request whose body, secrets and TLS settings were made off the loop."""
+
+    route: Route
+    headers: list[tuple[str, str]]
+    body: bytes
+
+
+class Courier(ClientHandler):
+    """Takes what a shipper has to send to one service, one connection a request; it never waits in the loop.
+
+    Whatever takes time has threads of its own, so that a service that hangs keeps neither watches nor other
+    services from theirs.
+    """
+
+    def __init__(self, post: Post, target: str, service: LaosService, shipper: Shipper) -> None:
+        self.target = target
+        self.service = service
+        self.shipper = shipper
+        self.taken_at: float | None = None  # seconds since 1970
+        self._post = post
+        self._shipment: Shipment | None = None  # on its way
+        self._preparing = False  # in a thread, which is not left behind
+        self._stream: Stream | None = None
+        self._codec: HttpClientCodec | None = None
+        self._head: ResponseHead | None = None
+        self._said = b""
+        self._timer: Timer | None = None
+        self._trouble = ""
+        self._route: Route | None = None
+        self._ca_file: tuple[tuple[str, float], ...] = ()
+        self._stopped = False
+
+    def poke(self) -> None:
+        """Look again when to send: there may be something new."""
+        if self._shipment is not None or self._preparing or self._stopped:
+            return
+        deadline = self.shipper.deadline
+        if self._timer is not None and (self._timer.at > deadline or self._timer.callback is None):
+            self._timer.cancel()
+            self._timer = None
+        if self._timer is None and deadline < math.inf:
+            self._timer = self._post.reactor.call_at(deadline, self._on_due)
+
+    def stop(self) -> None:
+        """Send no more."""
+        self._stopped = True
+        self._hang_up()
+
+    def on_data(self, data: bytes) -> None:
+        """Take in bytes of the answer."""
+        codec = self._codec
+        if codec is None:
+            return
+        try:
+            for part in codec.receive(data):
+                if isinstance(part, ResponseHead):
+                    self._head = part
+                elif isinstance(part, bytes):
+                    self._said = (self._said + part)[:REFUSAL_MAX_BYTES]
+                elif self._head is not None:
+                    refusal = refusal_from_response(self._head, self._said)
+                    self._finish(self._head.status, refusal.message, refusal.retry_after_s)
+                    return
+        except ProtocolError as error:
+            self._finish(0, error.message)
+            return
+        if not data:
+            self._finish(0, "the connection ended without an answer")
+
+    def on_error(self, error: str) -> None:
+        """Take in that the connection is lost, or never came to be."""
+        self._finish(0, error)
+
+    def _on_due(self) -> None:
+        self._timer = None
+        self._shipment = shipment = self.shipper.due(self._post.reactor.now())
+        if shipment is None:
+            self.poke()
+            return
+        patience = self._post.timing.laos_answer
+        overdue = f"no answer within {patience:g} s"
+        self._timer = self._post.reactor.call_later(patience, lambda: self._finish(0, overdue))
+        self._preparing = True
+
+        def done(ready: Any, error: BaseException | None) -> None:
+            self._preparing = False
+            if self._shipment is not shipment or self._stopped:
+                self.poke()  # it was given up meanwhile
+            elif error is not None:
+                self._finish(0, error.message if isinstance(error, FabrikError) else f"a defect: {error}")
+            else:
+                self._send(shipment, ready)
+
+        self._post.reactor.run_blocking(lambda: self._prepare(shipment), done, "laos")
+
+    def _prepare(self, shipment: Shipment) -> _Ready:
+        """Make a request whole, in a thread. Raises ConfigError where a file cannot be used."""
+        service = self.service
+        headers = [("User-Agent", f"fabrik-daemon/{__version__}"), ("Connection", "close"), *shipment.headers.items()]
+        if service.tenant:
+            headers.append(("X-Scope-OrgID", service.tenant))
+        headers += authorization_of(service)
+        ca_file = file_times([service.ca_file] if service.ca_file else [])
+        if self._route is None or ca_file != self._ca_file:
+            self._route, self._ca_file = route_to(service), ca_file
+        return _Ready(self._route, headers, shipment.body())
+
+    def _send(self, shipment: Shipment, ready: _Ready) -> None:
+        base = ready.route.endpoint.base  # the address of a push may have been written out whole
+        target = base if base.endswith(shipment.path) else base + shipment.path
+        self._stream, self._codec = Stream(self._post.reactor, self), HttpClientCodec(ready.route.endpoint.authority)
+        try:
+            request = self._codec.send(shipment.method, target, ready.headers, ready.body)
+        except ProtocolError as error:
+            self._finish(0, error.message)
+            return
+        self._stream.connect(ready.route, self._post.timing)
+        self._stream.send(request)
+
+    def _finish(self, status: int, said: str, retry_after_s: float | None = None) -> None:
+        if self._shipment is None or self._stopped:
+            return
+        verdict = self.shipper.on_answer(status, said, retry_after_s, self._post.reactor.now())
+        self._hang_up()
+        self._post.meter.count("fabrik_daemon_deliveries_total", self.target, verdict)
+        self.taken_at = time.time() if verdict == TAKEN else self.taken_at
+        self._tell("" if verdict == TAKEN else f"{verdict}: {said}")
+        self.poke()
+
+    def _hang_up(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._stream is not None:
+            self._stream.close()
+        self._shipment = self._stream = self._codec = self._head = self._timer = None
+        self._said = b""
+
+    def _tell(self, trouble: str) -> None:
+        """Log once that a service is in trouble, and once that it is not any more."""
+        if trouble and not self._trouble:
+            self._post.log.warning("%s at %s: %s", self.target, self.service.url, trouble)
+        elif self._trouble and not trouble:
+            self._post.log.info("%s at %s takes what it is sent again", self.target, self.service.url)
+        self._trouble = trouble
+
+
+def authorization_of(service: LaosService) -> list[tuple[str, str]]:
+    """Return the header that lets in, from the files of this moment. Raises ConfigError."""
+    if service.bearer_token_file:
+        return [("Authorization", f"Bearer {_read_secret(service.bearer_token_file)}")]
+    if service.username and service.password_file:
+        user = f"{service.username}:{_read_secret(service.password_file)}"
+        return [("Authorization", f"Basic {base64.b64encode(user.encode()).decode()}")]
+    return []
+
+
+def route_to(service: LaosService) -> Route:
+    """Return how a service of LAOS is reached. Raises ConfigError."""
+    ca_pem = None
+    if service.ca_file:
+        try:
+            with open(service.ca_file, encoding="ascii") as file:
+                ca_pem = file.read()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{service.ca_file}: {getattr(error, 'strerror', None) or 'not PEM'}") from None
+    try:
+        return route_of(Connection(service.url, ca_pem=ca_pem))._replace(pool="names of laos")
+    except ConfigError:
+        raise ConfigError(f"{service.ca_file or service.url}: no certificates that can be used") from None
+
+
+def _read_secret(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            secret = file.read().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+    if not secret or not secret.isprintable():
+        raise ConfigError(f"{path}: no secret that a header can hold")
+    return secret
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Daemon: log
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -10477,6 +11492,7 @@ class LogRing:
         self._lines: deque[JsonObject] = deque(maxlen=LOG_RING_LINES)
         self._followers: dict[Subscription, int] = {}
         self.wake: Callable[[Iterable[Subscription]], None] = lambda subscriptions: None
+        self.on_line: Callable[[JsonObject], None] = lambda line: None
 
     def put_nowait(self, record: logging.LogRecord) -> None:
         """Keep a record, from whichever thread."""
@@ -10484,8 +11500,10 @@ class LogRing:
             "time": format_time(record.created, milliseconds=True),
             "level": record.levelname.lower(),
             "message": record.getMessage(),
+            **{name: record.__dict__[name] for name in ("cluster", "run_id") if name in record.__dict__},
         }
         self._lines.append(line)
+        self.on_line(line)
         told = [one for one, level in list(self._followers.items()) if record.levelno >= level]
         for subscription in told:
             subscription.put(format_line({"type": "log", **line}))
@@ -10585,13 +11603,16 @@ class Follower:
         self._synced: set[str] = set()
         self._stale: set[str] = set()
         self.clusters: dict[str, Cluster] = {}
+        self.meter = Meter()
+        self._listing: set[Scope] = set()
+        self._in_trouble: set[Scope] = set()
+        self.on_changes: list[Callable[[Sequence[Change]], None]] = []  # once subscribers were told
         self.on_news: Callable[[list[Subscription]], None] = lambda subscriptions: None
         self.on_settled: Callable[[Cluster], None] = lambda cluster: None
-        self.on_changes: Callable[[Sequence[Change]], None] = lambda changes: None
 
     def on_event(self, scope: Scope, event: WatchEvent) -> None:
         """Take an object's event into the store; its type is ADDED, MODIFIED or DELETED."""
-        now = time.time()
+        began, now = time.monotonic(), time.time()
         metadata = object_at(event.object, "metadata")
         name = text_at(metadata, "namespace") or "", text_at(metadata, "name") or ""
         facts = facts_from(scope.resource, event.object)
@@ -10599,12 +11620,21 @@ class Follower:
         take = self._store.remove if event.type == "DELETED" else self._store.observe
         commit = take(progress, name, facts, now)
         self.take(commit, cluster_statement(scope.cluster, {"last_event_at": progress.at}))
+        self.meter.count("fabrik_daemon_events_total", scope.cluster, scope.resource)
+        if commit.changes and len(self._bus):
+            self.meter.histograms["fabrik_daemon_event_to_subscriber_seconds"].observe(time.monotonic() - began)
 
     def on_list(self, scope: Scope, resource_version: str, items: list[Facts]) -> None:
         """Take a whole list into the store."""
         now = time.time()
         self.take(self._store.replace(progress_of(scope, resource_version, now), items, now))
-        self._log.info("%s: listed %d %s", scope.cluster, len(items), scope.resource)
+        self.meter.count("fabrik_daemon_list_total", scope.cluster, scope.resource, "success")
+        told = "%s: listed %d %s", scope.cluster, len(items), scope.resource
+        self._log.info(*told, extra={"cluster": scope.cluster})
+
+    def on_watch_open(self, scope: Scope) -> None:
+        """Count a watch that has begun."""
+        self.meter.count("fabrik_daemon_watch_total", scope.cluster, scope.resource, "success")
 
     def on_bookmark(self, scope: Scope, resource_version: str) -> None:
         """Note that nothing else happened up to a version."""
@@ -10613,6 +11643,7 @@ class Follower:
 
     def on_watch_state(self, scope: Scope, told: Told) -> None:
         """Note a watch's state, and log what a person should know of it."""
+        self._count_state(scope, told)
         self._cache.put([watch_statement(scope, {"state": told.state, "error": told.error or None})])
         if told.state == FORBIDDEN:
             self.take(self._store.forbid(scope, time.time()))
@@ -10621,13 +11652,24 @@ class Follower:
             self.take(self._store.announce("cluster:stale", self._row(self.clusters[scope.cluster]), time.time()))
         level = logging.WARNING if told.error else logging.DEBUG
         where = f"{scope.resource} in {scope.namespace or 'all namespaces'}"
-        self._log.log(level, "%s: %s: %s%s", scope.cluster, where, told.state, f": {told.error}" if told.error else "")
+        message = "%s: %s: %s%s", scope.cluster, where, told.state, f": {told.error}" if told.error else ""
+        self._log.log(level, *message, extra={"cluster": scope.cluster})
+
+    def _count_state(self, scope: Scope, told: Told) -> None:
+        if told.error and told.retry_at is not None:
+            name = "fabrik_daemon_list_total" if scope in self._listing else "fabrik_daemon_watch_total"
+            self.meter.count(name, scope.cluster, scope.resource, "error")
+            self._in_trouble.add(scope)
+        elif told.state == WATCHING and scope in self._in_trouble:
+            self._in_trouble.discard(scope)
+            self.meter.count("fabrik_daemon_reconnects_total", scope.cluster, scope.resource)
+        (self._listing.add if told.state == LISTING else self._listing.discard)(scope)
 
     def on_cluster_state(self, name: str) -> None:
         """Note whether a cluster is connected, and why not."""
         cluster = self.clusters[name]
         if cluster.error is not None and (name not in self._rows or self._rows[name].error != cluster.trouble):
-            self._log.error("%s: %s", name, cluster.error)
+            self._log.error("%s: %s", name, cluster.error, extra={"cluster": name})
         self.write_cluster(cluster)
         self.on_settled(cluster)
 
@@ -10670,7 +11712,7 @@ class Follower:
                 first, twin = sorted((cluster, other), key=lambda each: each.spec.rank)
                 error = TwinError(f"the same cluster as {first.spec.name}", "remove one of the two")
                 twin.stop(error)
-                self._log.warning("%s: %s", twin.spec.name, error)
+                self._log.warning("%s: %s", twin.spec.name, error, extra={"cluster": twin.spec.name})
                 self.write_cluster(twin)
         self.write_cluster(cluster)
         return cluster.error is None
@@ -10697,11 +11739,21 @@ class Follower:
     def take(self, commit: Commit, *also: Statement) -> None:
         """Write a commit and tell subscribers of it."""
         for run_id, keys in commit.malformed:
-            self._log.warning("run %s reports values that do not parse: %s", run_id, ", ".join(keys))
+            run = self._store.tables.run(run_id)
+            about = {"run_id": run_id, **({"cluster": run.cluster} if run else {})}
+            self._log.warning("run %s reports values that do not parse: %s", run_id, ", ".join(keys), extra=about)
         self._cache.put([*commit_statements(commit), *also])
         if commit.changes:
             self.on_news(self._bus.publish(commit.changes))
-            self.on_changes(commit.changes)
+            for take_in in self.on_changes:
+                take_in(commit.changes)
+
+    def rewrite(self) -> None:
+        """Fill a cache that was made anew; where the watches are follows with their next word."""
+        self._cache.put(dump_statements(self._store.rows(Filter()), self._store.objects()))
+        self._cache.put(stream_statements(Cursor(self._bus.stream, self._bus.seq), self._store.tables.reserve()))
+        for cluster in self.clusters.values():
+            self.rewrite_cluster(cluster)
 
 
 def progress_of(scope: Scope, resource_version: str, now: float) -> Progress:
@@ -11012,6 +12064,249 @@ def _is_listener(sock: socket.socket) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Daemon: telemetry
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class MetricsAccess:
+    """The metrics and nothing else: for whoever reaches the port that metrics.listen names."""
+
+    is_local = False
+
+    def check_http(self, http: HttpRequest) -> None:
+        """Let every HTTP request pass, to be looked at as a request."""
+
+    def check(self, request: JsonObject) -> None:
+        """Let requests for the metrics pass. Raises NotFoundError."""
+        if request.get("action") != "metrics":
+            raise NotFoundError("there is nothing else here", "see /metrics")
+
+
+class Parts(NamedTuple):
+    """What the daemon is made of, as far as LAOS hears of it."""
+
+    reactor: Reactor
+    settings: Settings
+    store: Store
+    cache: CacheThread
+    bus: Bus
+    follower: Follower
+    ring: LogRing
+    log: logging.Logger
+
+
+class Telemetry:
+    """What LAOS hears of the daemon: its metrics, its log, and alerts."""
+
+    def __init__(self, parts: Parts, resumption: Resumption) -> None:
+        self._parts = parts
+        self._timing = parts.settings.timing
+        self._meter = parts.follower.meter
+        self._post = Post(parts.reactor, self._timing, self._meter, parts.log.getChild("laos"))
+        self._host = socket.gethostname()
+        self._times = StatusTimes()
+        self._times.load(resumption.since)
+        self._alert_rows = {row.fingerprint: row for row in resumption.alerts}
+        self._known: set[str] = set()  # clusters that were connected since the start
+        self._targets: list[Target] = []
+        self._couriers: dict[tuple[str, LaosService], Courier] = {}
+        self._checking = False
+        self._listener: Listener | None = None
+        self._process: list[Any] = []
+        self._requests: Requests | None = None
+        self.address: str | None = None  # of the metrics on TCP
+        parts.follower.on_changes.append(self._on_changes)
+        parts.cache.on_written = self._meter.histograms["fabrik_daemon_event_to_cache_seconds"].observe
+
+    def start(self, specs: Iterable[ClusterSpec], server: Server) -> None:
+        """Begin to tell. Raises SocketError where the metrics' address cannot be had."""
+        self._requests = server.requests
+        if self._parts.settings.metrics_listen is not None:
+            self._listen(*self._parts.settings.metrics_listen, server)
+        self.follow(specs)
+        for line in self._parts.ring.last(LOG_RING_LINES, LOG_LEVELS[0]):
+            self._put(line)
+        self._parts.ring.on_line = lambda line: self._parts.reactor.call_soon(lambda: self._put(line))
+        self._parts.reactor.call_every(min(ALERT_CHECK_S, self._timing.alert_resend / 4), self._check)
+
+    def follow(self, specs: Iterable[ClusterSpec]) -> None:
+        """Tell of these clusters from now on, whom their settings name."""
+        overall = self._parts.settings.laos
+        ordered = sorted(specs, key=lambda spec: (spec.priority, spec.name))
+        self._targets = laos_targets(overall, {spec.name: spec.laos.over(overall) for spec in ordered})
+        wanted = {target.key: target for target in self._targets}
+        for key in [key for key in self._couriers if key not in wanted]:
+            self._couriers.pop(key).stop()
+        for key, target in wanted.items():
+            if key not in self._couriers:
+                self._couriers[key] = self._courier(target)
+            courier = self._couriers[key]
+            if isinstance(courier.shipper, AlertBook):
+                self._fill(courier.shipper, target)
+            courier.poke()
+
+    def close(self) -> None:
+        """Tell nothing more."""
+        self._parts.ring.on_line = lambda line: None
+        if self._listener is not None:
+            self._listener.close()
+        for courier in self._couriers.values():
+            courier.stop()
+
+    def read_metrics(self, cluster: str = "") -> Callable[[], bytes]:
+        """Read the values of this moment, only a cluster's where one is named; return what makes their text."""
+        samples = list(self._samples())
+        samples = samples_of_cluster(samples, cluster) if cluster else samples
+        histograms = {name: histogram.copy() for name, histogram in self._meter.histograms.items()}
+
+        def text() -> bytes:
+            if not self._process:  # made off the loop, as prometheus_client is imported there
+                self._process.append(prometheus_client.ProcessCollector(registry=None))
+            return format_metrics(samples, histograms, *self._process)
+
+        return text
+
+    def _listen(self, host: str, port: int, server: Server) -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            sock = socket.create_server((host, port), family=family, backlog=LISTEN_BACKLOG)
+        except (OSError, UnicodeError) as error:
+            told = f"metrics.listen {host}:{port}: {getattr(error, 'strerror', None) or error}"
+            raise SocketError(told, "choose another address in config.yaml") from None
+        sock.setblocking(False)
+        bound = sock.getsockname()
+        self.address = f"[{bound[0]}]:{bound[1]}" if ":" in bound[0] else f"{bound[0]}:{bound[1]}"
+        self._listener = Listener(self._parts.reactor, sock, lambda client: server.admit(client, MetricsAccess()))
+        self._post.log.info("metrics are on http://%s/metrics", self.address)
+
+    def _courier(self, target: Target) -> Courier:
+        shipper: Shipper
+        if target.kind == "loki":
+            labels = {"job": "fabrik-daemon", "host": self._host}
+            about = {"version": __version__, "pid": str(os.getpid())}
+            shipper = LogSpool(self._timing, random.random, labels, about)
+        elif target.kind == "alertmanager":
+            shipper = AlertBook(self._timing, random.random, target.clusters)
+            shipper.load_rows(self._alert_rows.values())
+        else:
+            cluster = "" if target.is_overall else min(target.clusters)
+            shipper = MetricsPush(self._timing, random.random, self._host, lambda: self.read_metrics(cluster))
+        name = target.kind if target.is_overall else f"{target.kind}/{min(target.clusters)}"
+        return Courier(self._post, name, target.service, shipper)
+
+    def _put(self, line: JsonObject) -> None:
+        """Have a line of the log go to its cluster's Loki, else to the overall one."""
+        targets = [target for target in self._targets if target.kind == "loki"]
+        own = [target for target in targets if line.get("cluster") in target.clusters]
+        for target in own or [target for target in targets if target.is_overall]:
+            courier = self._couriers[target.key]
+            if isinstance(courier.shipper, LogSpool):
+                courier.shipper.put(line, self._parts.reactor.now())
+                courier.poke()
+
+    def _books(self) -> list[AlertBook]:
+        return [courier.shipper for courier in self._couriers.values() if isinstance(courier.shipper, AlertBook)]
+
+    def _fill(self, book: AlertBook, target: Target) -> None:
+        """Have a book know the rows of its clusters; what it knows of them already stays."""
+        book.clusters = target.clusters
+        for row in [*self._parts.store.tables.rows(Run), *self._parts.store.tables.rows(Schedule)]:
+            if isinstance(row, (Run, Schedule)):
+                self._observe(book, row)
+
+    def _observe(self, book: AlertBook, row: Run | Schedule, *, gone: bool = False) -> None:
+        cluster = self._parts.follower.clusters.get(row.cluster)
+        since = self._times.of(row.run_id) if isinstance(row, Run) else None
+        skew_s = (cluster.skew_s if cluster else None) or 0.0
+        causes = [] if gone or row.cluster not in book.clusters else causes_of(row, since, self._timing, skew_s)
+        book.observe(row, causes)
+
+    def _on_changes(self, changes: Sequence[Change]) -> None:
+        books = self._books()
+        for change in changes:
+            self._times.take(change)
+            if isinstance(change.row, (Run, Schedule)):
+                for book in books:
+                    self._observe(book, change.row, gone=change.type.endswith(":removed"))
+        if books and not self._checking:
+            self._checking = True  # once for all changes of this turn
+            self._parts.reactor.call_soon(self._check)
+
+    def _check(self) -> None:
+        self._checking = False
+        clusters = self._parts.follower.clusters
+        live = {name for name, cluster in clusters.items() if cluster.is_connected}
+        self._known |= live
+        at, now, statements = time.time(), self._parts.reactor.now(), []
+        for book in self._books():
+            for row in book.check(at, now, known=self._known, live=live):
+                self._alert_rows[row.fingerprint] = row
+                statements.append(alert_statement(tuple(row)))
+            for row in book.forget(at):
+                self._alert_rows.pop(row.fingerprint, None)
+                statements.append(forget_alert_statement(row.fingerprint))
+        self._parts.cache.put(statements)
+        for courier in self._couriers.values():
+            courier.poke()
+
+    def _samples(self) -> Iterator[Sample]:
+        now, bus, clusters = time.time(), self._parts.bus, self._parts.follower.clusters
+        yield Sample("fabrik_daemon_build_info", (__version__, "{}.{}.{}".format(*sys.version_info), str(PROTOCOL)), 1)
+        yield Sample("fabrik_daemon_metrics_timestamp_seconds", (), now)
+        yield from self._meter.samples()
+        for name in ("fabrik_daemon_events_dropped_total", "fabrik_daemon_events_dropped"):
+            yield Sample(name, (), bus.dropped)
+        yield Sample("fabrik_daemon_subscribers", (), len(bus))
+        yield Sample("fabrik_daemon_subscriber_queue_length", (), bus.waiting)
+        yield Sample("fabrik_daemon_cache_queue_length", (), self._parts.cache.waiting)
+        hits, misses = (self._requests.hits, self._requests.misses) if self._requests else (0, 0)
+        yield Sample("fabrik_daemon_cache_requests_total", ("hit",), hits)
+        yield Sample("fabrik_daemon_cache_requests_total", ("miss",), misses)
+        yield Sample("fabrik_daemon_cache_hit_ratio", (), hits / (hits + misses) if hits + misses else math.nan)
+        for cluster in clusters.values():
+            yield from self._samples_of(cluster, now)
+        tables = self._parts.store.tables
+        runs = [row for row in tables.rows(Run) if isinstance(row, Run)]
+        yield from run_samples(runs, self._times, clusters, now)
+        for row in tables.rows(Schedule):
+            if isinstance(row, Schedule):
+                yield Sample("fabrik_schedule_missed", (row.cluster, row.namespace, row.name), row.missed)
+        for courier in self._couriers.values():
+            yield from _samples_of_courier(courier)
+
+    def _samples_of(self, cluster: Cluster, now: float) -> Iterator[Sample]:
+        name = cluster.spec.name
+        direct = any(target.kind == "alertmanager" and name in target.clusters for target in self._targets)
+        yield Sample("fabrik_daemon_cluster_connected", (name,), cluster.is_connected)
+        yield Sample("fabrik_daemon_alerts_direct", (name,), direct)
+        if cluster.skew_s is not None:
+            yield Sample("fabrik_daemon_clock_skew_seconds", (name,), cluster.skew_s)
+        if cluster.expires_at is not None:
+            yield Sample("fabrik_daemon_credentials_expiry_timestamp_seconds", (name,), cluster.expires_at)
+        lags: dict[str, float] = {}
+        for watcher in cluster.watchers:
+            heard_at = epoch_of(watcher.synced_at)
+            if heard_at is not None:
+                resource_name = watcher.scope.resource
+                lags[resource_name] = max(lags.get(resource_name, 0.0), now - heard_at)
+        for resource_name, lag_s in lags.items():
+            yield Sample("fabrik_daemon_sync_lag_seconds", (name, resource_name), lag_s)
+
+
+def _samples_of_courier(courier: Courier) -> Iterator[Sample]:
+    shipper, target = courier.shipper, courier.target
+    if courier.taken_at is not None:
+        yield Sample("fabrik_daemon_delivery_timestamp_seconds", (target,), courier.taken_at)
+    if isinstance(shipper, LogSpool):
+        yield Sample("fabrik_daemon_log_queue_length", (target,), len(shipper))
+        yield Sample("fabrik_daemon_log_lines_total", (target, "sent"), shipper.sent)
+        yield Sample("fabrik_daemon_log_lines_total", (target, "dropped"), shipper.dropped)
+    elif isinstance(shipper, AlertBook):
+        for labels, count in shipper.firing().items():
+            yield Sample("fabrik_daemon_alerts_firing", labels, count)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Daemon
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -11038,6 +12333,7 @@ class DaemonKnowledge:
             "socket": daemon.socket_path,
             "cache": os.path.abspath(daemon.settings.cache),
             "cache_error": daemon.cache.error,
+            "metrics": daemon.telemetry.address,
             "runs": len(runs),
             "runs_by_status": {status: runs.count(status) for status in (*STATUSES, UNKNOWN) if status in runs},
             "subscribers": len(daemon.bus),
@@ -11095,6 +12391,10 @@ class DaemonKnowledge:
         """End the daemon in order, once this has been answered."""
         self._daemon.stop_soon()
 
+    def metrics(self) -> Callable[[], bytes]:
+        """Read the metrics of this moment; return what makes their text."""
+        return self._daemon.telemetry.read_metrics()
+
     def cache_path(self) -> str:
         """Return which cache the daemon keeps."""
         return os.path.abspath(self._daemon.settings.cache)
@@ -11145,7 +12445,7 @@ class Daemon:
         connection = open_cache(settings.cache, self._log)
         self._resumption = resume_from(settings.cache, connection, self._log)
         self.cache = CacheThread(settings.cache, connection, settings.timing, self._log)
-        self.cache.on_rebuilt = lambda: self._reactor.call_soon(self._write_everything)
+        self.cache.on_rebuilt = lambda: self._reactor.call_soon(self._follower.rewrite)
         self.store = Store(zone_of)
         self.store.load(self._resumption.snapshot)
         rows: SnapshotRows = lambda wanted: self._follower.rows(wanted)  # noqa: E731, PLW0108 - it is made below
@@ -11155,6 +12455,8 @@ class Daemon:
         self._follower = Follower(self.store, self.cache, self.bus, self._log)
         self.server = Server(self._reactor, Requests(DaemonKnowledge(self)), self._unsubscribe, settings)
         self._manager = ServiceManager(os.environ, self._reactor, self._log)
+        parts = Parts(self._reactor, settings, self.store, self.cache, self.bus, self._follower, self.ring, self._log)
+        self.telemetry = Telemetry(parts, self._resumption)
         self._follower.on_news = self.server.wake
         self._follower.on_settled = self._on_settled
         self._kept_logs = KeptLogs(self._reactor, self.store, settings.timing, self._log, self._resumption.kept)
@@ -11171,13 +12473,14 @@ class Daemon:
         """Serve and follow until a signal; `ready` is called when that can begin. Raises FabrikError."""
         self.socket_path = self._manager.open(self.server, self.settings)
         raise_descriptor_limit()
+        self.telemetry.start(self._specs.values(), self.server)
         self._reactor.call_every(self.settings.timing.housekeeping, self._keep_house)
         self._reactor.call_every(self.settings.timing.idle_seq, lambda: self.server.wake(self.bus.idle()))
         self._reactor.call_every(self.settings.timing.socket_check, self._keep_socket)
         self._reactor.call_every(self.settings.timing.files_check, self._check_files)
         self._reactor.watch_sleep(self.settings.timing.sleep, self._on_sleep)
         if self.settings.keep_logs:
-            self._follower.on_changes = self._kept_logs.on_changes
+            self._follower.on_changes.append(self._kept_logs.on_changes)
         self._run(ready)
 
     def run_once(self) -> None:
@@ -11216,6 +12519,7 @@ class Daemon:
         self.store.set_priorities({spec.name: spec.priority for spec in specs.values()})
         for name in (*added, *changed):
             self._begin(specs[name])
+        self.telemetry.follow(specs.values())
         self._log.info("reloaded: added %s, changed %s, removed %s", added, changed, removed)
         return {"added": added, "changed": changed, "removed": removed}
 
@@ -11282,13 +12586,6 @@ class Daemon:
         self._follower.take(self.store.tick(now, retention))
         self.cache.put(retention_statements(self.store.tables.seq, format_time(now - retention)))
 
-    def _write_everything(self) -> None:
-        """Fill a cache that was made anew; where the watches are follows with their next word."""
-        self.cache.put(dump_statements(self.store.rows(Filter()), self.store.objects()))
-        self.cache.put(stream_statements(Cursor(self.bus.stream, self.bus.seq), self.store.tables.reserve()))
-        for cluster in self._follower.clusters.values():
-            self._follower.rewrite_cluster(cluster)
-
     def _keep_socket(self) -> None:
         try:
             self.server.keep()
@@ -11321,6 +12618,7 @@ class Daemon:
         if not self.cache.close(self.settings.timing.stop):
             self._log.error("the cache could not be written to its end within %g s", self.settings.timing.stop)
         self._credentials.close()
+        self.telemetry.close()
         self.server.close()
         self._reactor.close()
         self._lock.release()
@@ -12076,6 +13374,9 @@ class _Examiner:
 
     def on_list(self, scope: Scope, resource_version: str, items: list[Facts]) -> None:
         """Do nothing: that it can be listed is all."""
+
+    def on_watch_open(self, scope: Scope) -> None:
+        """Do nothing: this one only lists."""
 
     def on_bookmark(self, scope: Scope, resource_version: str) -> None:
         """Do nothing."""
