@@ -16968,7 +16968,7 @@ class Found(NamedTuple):
     exit_code: int = 0
 
 
-class Listing(NamedTuple):
+class ListOf(NamedTuple):
     """A list: what it is called, what its rows are, and how they are shown."""
 
     name: str  # as the daemon's action, and as the rows in its answer
@@ -16976,10 +16976,10 @@ class Listing(NamedTuple):
     columns: Sequence[Column]
 
 
-RUNS: Final = Listing("runs", Run, RUN_COLUMNS)
-SCHEDULES: Final = Listing("schedules", Schedule, SCHEDULE_COLUMNS)
-VOLUME_LIST: Final = Listing("volumes", Volume, VOLUME_LIST_COLUMNS)
-WARNINGS: Final = Listing("warnings", ClusterEvent, WARNING_LIST_COLUMNS)
+RUNS: Final = ListOf("runs", Run, RUN_COLUMNS)
+SCHEDULES: Final = ListOf("schedules", Schedule, SCHEDULE_COLUMNS)
+VOLUME_LIST: Final = ListOf("volumes", Volume, VOLUME_LIST_COLUMNS)
+WARNINGS: Final = ListOf("warnings", ClusterEvent, WARNING_LIST_COLUMNS)
 
 
 def runs_list(context: Context, arguments: argparse.Namespace) -> int:
@@ -17020,7 +17020,7 @@ def clusters_list(context: Context, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _list(context: Context, arguments: argparse.Namespace, listing: Listing) -> int:
+def _list(context: Context, arguments: argparse.Namespace, listing: ListOf) -> int:
     request = list_request(arguments, listing.kind, time.time())
     found = find_rows(context, listing, request)
     tell_source(context, found.source, found.parts, arguments.max_age)
@@ -17056,7 +17056,7 @@ def parse_time_argument(flag: str, text: str, now: float) -> float:
         raise UsageError(f"{flag}: {error}") from None
 
 
-def find_rows(context: Context, listing: Listing, request: JsonObject) -> Found:
+def find_rows(context: Context, listing: ListOf, request: JsonObject) -> Found:
     """Return the rows that a request for a list asks for, from the daemon or else from the cache."""
     reply = ask(context, listing.name, **request)
     if reply is not None:
