@@ -330,7 +330,7 @@ SEQ_BLOCK: Final = 10_000  # sequence numbers reserved at once, so that a crash 
 QUERY_ROWS: Final = 10_000
 QUERY_MEMORY_BYTES: Final = 512 * 2**20
 RUN_EVENTS_SHOWN: Final = 1000
-LOG_LINES_SHOWN: Final = 10  # of those kept, in `runs show`
+KEPT_LINES_SHOWN: Final = 10  # of those kept, in `runs show`
 MISSED_MAX: Final = 100  # a schedule that missed more than this is simply off
 POOL_THREADS: Final = 16  # of each pool; name look-ups and helper processes take seconds where they hang
 LOG_RING_LINES: Final = 2000
@@ -17101,7 +17101,7 @@ def runs_show(context: Context, arguments: argparse.Namespace) -> int:
     tell_source(context, source, parts, arguments.max_age)
     row["timeline"] = timeline_of(row, row["events"], time.time())
     row["log"] = [event["payload"] for event in row["events"] if event["event_type"] == "log_line"]
-    shown = {**row, "events": row["events"] if arguments.events else None, "log": row["log"][-LOG_LINES_SHOWN:]}
+    shown = {**row, "events": row["events"] if arguments.events else None, "log": row["log"][-KEPT_LINES_SHOWN:]}
     print_answer(context, arguments.output, row, lambda now: format_run(shown, now, context.width, context.style))
     return 0
 
