@@ -78,6 +78,8 @@ Shell:
     Direct                what asks an API server at once, in a loop of its own
     Direct: logs          the logs of runs: from their Pods, from Loki, from what was kept
     Diagnosis             clusters test
+    Diagnosis: this host  doctor: folders, cache, daemon, service
+    Diagnosis: clusters and LAOS   doctor: credentials, reach, clocks, rights; services of LAOS
     Dashboard: palettes   roles of texts -> colours, for every kind of terminal
     Dashboard: columns    what the columns of its lists show, and how they sort
     Dashboard: model      the rows known, filtered, sorted and counted
@@ -98,6 +100,7 @@ Shell:
     Commands: reading SQL
     Commands: reading logs
     Commands: daemon and clusters
+    Commands: daemon and clusters: doctor
     Commands: installing
     Command line: commands   every command, its arguments, examples and function
     Command line          parser, main
@@ -387,6 +390,9 @@ ALERTS_AT_ONCE: Final = 64  # as Prometheus sends them
 ALERT_CHECK_S: Final = 1.0  # what begins by the clock is seen to have begun so much later at most
 METRIC_RUNS: Final = 1000  # runs with series of their own: Prometheus keeps every one that there ever was
 LAST_WORDS_CHARS: Final = 20_000
+CERTIFICATE_WARN_S: Final = 7 * 86400.0  # before it ends; k3s renews its own at a restart 90 days before
+CLOCK_SKEW_S: Final = 30.0  # what doctor complains of: a stale heartbeat is one of 60 s
+DISK_FREE_BYTES: Final = 100 * 2**20
 LOG_TAIL_LINES: Final = 1000  # of a log that is opened in the dashboard
 LOG_LINES_SHOWN: Final = 5000  # in the dashboard; `runs logs` shows all
 NOTICE_S: Final = 4.0  # for a person to read a line
@@ -1767,10 +1773,51 @@ def mounted_clusters(documents: Mapping[str, JsonObject]) -> list[ClusterSpec]:
     return list(found.values())
 
 
+def certificate_expiry(pem: str) -> float | None:
+    """Return when the first certificate of a PEM text ends, None where there is none (RFC 5280, section 4.1)."""
+    found = re.search(r"-----BEGIN CERTIFICATE-----(.*?)-----END CERTIFICATE-----", pem, re.DOTALL)
+    try:
+        der = base64.b64decode("".join(found[1].split()) if found else "")
+        at = _der_value(der, _der_value(der, 0)[1])[1]  # into the certificate, into what is signed
+        for _ in range(4 if der[at] == 0xA0 else 3):  # version, where it stands; serial number, algorithm, issuer
+            at = _der_value(der, at)[2]
+        at = _der_value(der, _der_value(der, at)[1])[2]  # into its validity, past its beginning
+        tag, start, end = _der_value(der, at)
+        text = der[start:end].decode("ascii")
+    except (IndexError, ValueError):
+        return None
+    if tag == 0x17:  # UTCTime
+        text = ("19" if text[:2] >= "50" else "20") + text
+    return epoch_of(f"{text[:4]}-{text[4:6]}-{text[6:8]}T{text[8:10]}:{text[10:12]}:{text[12:14]}Z")
+
+
+def _der_value(der: bytes, at: int) -> tuple[int, int, int]:
+    """Return tag, begin and end of the contents of the value at a place (X.690)."""
+    length, start = der[at + 1], at + 2
+    if length & 0x80:
+        start += length & 0x7F
+        length = int.from_bytes(der[at + 2 : start], "big")
+    return der[at], start, start + length
+
+
+def token_expiry(token: str) -> float | None:
+    """Return when a token ends that is a JWT and says so (RFC 7519, section 4.1.4), else None."""
+    parts = token.split(".")
+    if len(parts) != 3:
+        return None
+    try:
+        claims = parse_json_object(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)).decode("utf-8"))
+    except ValueError:
+        return None
+    until = parse_int((claims or {}).get("exp"))
+    return None if until is None else float(until)
+
+
 def connection_from(resolved: JsonObject) -> Connection:
     """Return the connection that the credentials helper printed. Raises what it complains of."""
     if "error" in resolved:
-        raise (ConfigError if resolved.get("is_configuration") else CredentialsError)(str(resolved["error"]))
+        kind = ConfigError if resolved.get("is_configuration") else CredentialsError
+        raise kind(str(resolved["error"]), str(resolved.get("hint") or ""))
     known = {name: resolved[name] for name in Connection._fields if name in resolved and name != "files"}
     if not all(" " < char < "\x7f" for char in known.get("token") or "x"):
         raise ConfigError("the token has characters that no header can hold", "write it anew, without line breaks")
@@ -7856,6 +7903,20 @@ def format_log_line(line: JsonObject) -> str:
     return f"{line['time']} {str(line['level']).upper():<7} {safe_text(line['message'])}\n"
 
 
+def format_findings(findings: Sequence[JsonObject], style: Style) -> str:
+    """Return what doctor found, for a person: the problems last, each with what ends it."""
+    text = ""
+    for level, colour in (("ok", "32"), ("note", ""), ("problem", "31")):
+        for finding in findings:
+            if finding["level"] == level:
+                head = painted(f"{level:<8}", colour if style.colour else "")
+                text += f"{head} {safe_text(finding['check'])}: {safe_text(finding['subject'])}\n"
+                text += f"{'':<9}{safe_text(finding['message'])}\n"
+                text += f"{'':<9}-> {safe_text(finding['fix'])}\n" if finding["fix"] else ""
+    count = sum(finding["level"] == "problem" for finding in findings)
+    return text + f"{count or 'no'} problem{'s' if count != 1 else ''} found\n"
+
+
 def format_examination(clusters: Sequence[JsonObject], width: int | None) -> str:
     """Return what `clusters test` found, for a person."""
     text = ""
@@ -9556,7 +9617,7 @@ def credentials_helper(path: str, context: str, out: TextIO) -> int:
     try:
         resolved = _resolve(path, context)
     except FabrikError as error:
-        resolved = {"error": str(error), "is_configuration": isinstance(error, ConfigError)}
+        resolved = {"error": error.message, "hint": error.hint, "is_configuration": isinstance(error, ConfigError)}
     except (kubernetes.config.ConfigException, LookupError, TypeError, ValueError, AttributeError, OSError) as error:
         resolved = {"error": f"{path}: {' '.join(str(error).split())[:300]}", "is_configuration": True}
     out.write(json.dumps(resolved))
@@ -13434,6 +13495,434 @@ def _examined(cluster: Cluster) -> JsonObject:
         "error": cluster.trouble,
         "watches": [] if cluster.error is not None else watches,
     }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Diagnosis: this host
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Finding(NamedTuple):
+    """What a look at one thing found: `level` is ok, note (nothing to do) or problem, which `fix` says how to end."""
+
+    check: str
+    subject: str
+    level: str
+    message: str
+    fix: str = ""
+
+
+def problem_of(check: str, subject: str, error: FabrikError) -> Finding:
+    """Return an error as a finding."""
+    return Finding(check, subject, "problem", error.message, error.hint)
+
+
+def examine_host(settings: Settings, home: str) -> list[Finding]:
+    """Look at folders, cache, daemon and service on this host."""
+    return [*_folders(settings), *_cache(settings), *_daemon(settings), *_service(home)]
+
+
+def _folders(settings: Settings) -> Iterator[Finding]:
+    """Look for what others could read or write: the cache holds what runs print."""
+    cache_folder = os.path.dirname(os.path.abspath(settings.cache))
+    config_folder = os.path.dirname(os.path.abspath(settings.config))
+    for path, forbidden in (
+        (cache_folder, 0o077),
+        (settings.cache, 0o077),
+        (config_folder, 0o022),
+        (settings.config, 0o022),
+        (settings.clusters_file, 0o022),
+    ):
+        found = examined_path(path, forbidden)
+        if found is not None:
+            yield found
+    try:
+        path = choose_socket(settings)
+        check_socket_path(path)
+        yield Finding("socket", path, "ok", "its folders are safe")
+    except SocketError as error:
+        yield problem_of("socket", settings.socket or DEFAULT_SOCKET, error)
+
+
+def examined_path(path: str, forbidden: int) -> Finding | None:
+    """Return whether a path is ours alone, None where it is not there; `forbidden` are bits of its mode."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return Finding("folders", path, "problem", str(error.strerror), "run as its owner, or name another place")
+    if found.st_uid not in (0, os.geteuid()):
+        return Finding("folders", path, "problem", "it belongs to another user", f"chown {os.geteuid()} {path}")
+    others = found.st_mode & forbidden
+    if others:
+        what = "write to" if others & 0o022 else "read"
+        mode = "go-rwx" if forbidden == 0o077 else "go-w"
+        return Finding("folders", path, "problem", f"others may {what} it", f"chmod {mode} {path}")
+    if not os.access(path, os.W_OK):
+        return Finding("folders", path, "problem", "it cannot be written", f"chmod u+w {path}, or name another place")
+    return Finding("folders", path, "ok", "only its owner may write to it" if forbidden == 0o022 else "it is private")
+
+
+def _cache(settings: Settings) -> Iterator[Finding]:
+    path = settings.cache
+    if not os.path.exists(path):
+        yield Finding("cache", path, "note", "there is none yet", "run 'fabrik-daemon start' or 'fabrik-daemon sync'")
+        return
+    size, log_size = os.stat(path).st_size, os.stat(path + "-wal").st_size if os.path.exists(path + "-wal") else 0
+    again = "'fabrik-daemon restart'" if is_kept_up(path) else "'fabrik-daemon start' or 'fabrik-daemon sync'"
+    try:
+        with contextlib.closing(CacheReader(path)) as reader:
+            told = reader.rows("PRAGMA quick_check(1)")[0]["quick_check"]
+            runs = reader.rows("SELECT count(*) AS runs FROM runs")[0]["runs"]
+    except CacheError as error:
+        newer = "use the same version" in error.hint
+        fix = error.hint if newer else f"run {again}, which sets it aside and makes it anew from the clusters"
+        yield Finding("cache", path, "problem", error.message, fix)
+        return
+    if told != "ok":
+        fix = f"run {again}, which sets it aside and makes it anew from the clusters"
+        yield Finding("cache", path, "problem", f"it is damaged: {' '.join(told.split())[:200]}", fix)
+    else:
+        yield Finding("cache", path, "ok", f"it is whole: {runs} runs, {format_bytes(size)}")
+    if log_size > WAL_MAX_BYTES:
+        fix = "end the program that keeps it open for reading: see 'fuser' or 'lsof'"
+        yield Finding("cache", path + "-wal", "problem", f"it has grown to {format_bytes(log_size)}", fix)
+    space = os.statvfs(os.path.dirname(os.path.abspath(path)))
+    if space.f_bavail * space.f_frsize < DISK_FREE_BYTES:
+        told = f"only {format_bytes(space.f_bavail * space.f_frsize)} are free"
+        yield Finding("cache", path, "problem", told, "make room on its disk, or name another place with --cache")
+
+
+def _daemon(settings: Settings) -> Iterator[Finding]:
+    words = last_words(settings.cache)
+    if words and not is_kept_up(settings.cache):
+        told = f"the last daemon died: {safe_text(words.splitlines()[0])[:200]}"
+        yield Finding(
+            "daemon", crash_path(settings.cache), "problem", told, "run 'fabrik-daemon start', which shows all"
+        )
+    client = connect(settings)
+    if client is None:
+        yield from _no_daemon(settings)
+        return
+    try:
+        said = client.ask("status")
+    except (RemoteError, NotRunningError) as error:
+        yield Finding("daemon", settings.cache, "problem", error.message, error.hint or "run 'fabrik-daemon restart'")
+        return
+    finally:
+        client.close()
+    if said.get("version") != __version__ or said.get("protocol") != PROTOCOL:
+        told = f"version {said.get('version')} runs, this is {__version__}"
+        yield Finding("daemon", settings.cache, "problem", told, "run 'fabrik-daemon restart'")
+    if said.get("cache_error"):
+        told = f"it cannot write its cache: {said['cache_error']}"
+        yield Finding("daemon", settings.cache, "problem", told, "make room, or free the file, and it goes on")
+    yield Finding("daemon", str(said.get("socket")), "ok", f"it runs, pid {said.get('pid')}")
+    yield from _watches(said)
+
+
+def _no_daemon(settings: Settings) -> Iterator[Finding]:
+    if is_kept_up(settings.cache):
+        pid = (read_words(lock_path(settings.cache)) or "unknown").strip()
+        told = f"process {pid} holds it, and does not answer on the socket"
+        yield Finding("daemon", lock_path(settings.cache), "problem", told, f"kill {pid}, then 'fabrik-daemon start'")
+        return
+    for path in socket_candidates(settings):
+        if os.path.lexists(path) and os.lstat(path).st_uid == os.geteuid():
+            fix = f"rm {path}, or run 'fabrik-daemon start', which puts its own there"
+            yield Finding("socket", path, "problem", "nobody answers at it", fix)
+    yield Finding("daemon", settings.cache, "note", "it does not run; the cache answers", "run 'fabrik-daemon start'")
+
+
+def _watches(status: JsonObject) -> Iterator[Finding]:
+    """Return what the daemon's watches met."""
+    for cluster in list_at(status, "clusters"):
+        for watch in list_at(cluster, "watches"):
+            if watch.get("state") == FORBIDDEN:
+                where = f"{watch.get('resource')} in {watch.get('namespace') or 'all namespaces'}"
+                fix = f"grant list and watch on {where}, then 'fabrik-daemon restart'"
+                yield Finding("watches", str(cluster.get("name")), "problem", f"{where}: {watch.get('error')}", fix)
+
+
+def read_words(path: str) -> str:
+    """Return the beginning of a small file, empty where there is none to read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(LAST_WORDS_CHARS)
+    except OSError:
+        return ""
+
+
+def _service(home: str) -> Iterator[Finding]:
+    for path in (
+        f"{home}/.config/systemd/user/fabrik-daemon.service",
+        "/etc/systemd/system/fabrik-daemon.service",
+        f"{home}/Library/LaunchAgents/fabrik.daemon.plist",
+    ):
+        text = read_words(path)
+        if not text:
+            continue
+        if path.endswith(".plist"):
+            words = re.findall(
+                r"<string>(/[^<]*)</string>", text.partition("ProgramArguments")[2].partition("</array>")[0]
+            )
+        else:
+            line = re.search(r"^ExecStart=(.*)$", text, re.MULTILINE)
+            words = shlex.split(line[1]) if line else []
+        missing = [word for word in words if word.startswith("/") and not os.path.exists(word)]
+        if missing:
+            told = f"it starts {missing[0]}, which is not there"
+            yield Finding("service", path, "problem", told, "run 'fabrik-daemon install-service' again")
+        else:
+            yield Finding("service", path, "ok", "what it starts is there")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Diagnosis: clusters and LAOS
+# ----------------------------------------------------------------------------------------------------------------------
+
+_FIXES: Final = (  # of connections that fail, by words in the error
+    ("certificate has expired", "renew the server's certificate (k3s does at its restart), or set this host's clock"),
+    ("not yet valid", "set this host's clock"),
+    ("certificate is not valid for", "set 'tls-server-name:' in {file} to a name in the server's certificate"),
+    ("Hostname mismatch", "set 'tls-server-name:' in {file} to a name in the server's certificate"),
+    ("certificate is not accepted", "take the cluster's CA anew: copy its kubeconfig to {file}"),
+    ("cannot be resolved", "correct the name in 'server:' in {file}, or this host's DNS"),
+    ("proxy", "correct 'proxy-url:' in {file}, or HTTPS_PROXY"),
+)
+_READY_PATHS: Final = {
+    "loki": "/loki/api/v1/labels",
+    "alertmanager": "/-/ready",
+    "prometheus": "/-/ready",
+    "pushgateway": "/-/ready",
+}
+_REVIEWS: Final = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+
+
+class Right(NamedTuple):
+    """A right that the daemon uses."""
+
+    verb: str
+    resource: str
+    group: str
+    namespace: str
+    name: str = ""
+    why: str = ""
+
+    @property
+    def words(self) -> str:
+        """It in words, as a role has it."""
+        kind = f"{self.resource}.{self.group}" if self.group else self.resource
+        where = f"in namespace {self.namespace}" if self.namespace else "in all namespaces"
+        return f"{self.verb} {kind}{' ' + self.name if self.name else ''} {where}"
+
+    def review(self) -> JsonObject:
+        """Return the SelfSubjectAccessReview that asks for it."""
+        resource_, _, part = self.resource.partition("/")
+        asked = {"namespace": self.namespace, "verb": self.verb, "group": self.group, "resource": resource_}
+        asked.update({"subresource": part} if part else {}, **({"name": self.name} if self.name else {}))
+        head = {"kind": "SelfSubjectAccessReview", "apiVersion": "authorization.k8s.io/v1"}
+        return {**head, "spec": {"resourceAttributes": asked}}
+
+
+def rights_used(spec: ClusterSpec, settings: Settings) -> list[Right]:
+    """Return the rights that the daemon and its commands use on a cluster."""
+    rights = []
+    for namespace in spec.namespaces:
+        for kind in RESOURCES:
+            group = "batch" if "batch" in kind.root else ""
+            rights += [Right(verb, kind.name, group, namespace) for verb in ("list", "watch")]
+        rights.append(Right("get", "pods/log", "", namespace, why="for 'runs logs' and the last lines of failed runs"))
+        if "sidecar" in settings.status_sources:
+            rights.append(Right("get", "pods/proxy", "", namespace, why="for the sidecar's status"))
+        if "exec" in settings.status_sources:
+            rights.append(Right("create", "pods/exec", "", namespace, why="for the exec status"))
+    return [*rights, Right("get", "namespaces", "", "", "kube-system", "to tell a rebuilt cluster from the old one")]
+
+
+class ClusterCheck:
+    """Looks at one cluster: credentials, certificates, reach, clock and rights."""
+
+    def __init__(self, site: Site, settings: Settings, *, rbac: bool, done: Callable[[], None]) -> None:
+        self._site = site
+        self._settings = settings
+        self._rbac = rbac
+        self._on_done = done
+        self._open = 0  # requests on their way
+        self._over = False
+        self.identity: tuple[str, ...] | None = None
+        self.findings: list[Finding] = []
+        site.prepare(self._on_prepared)
+
+    def give_up(self) -> None:
+        """Note that the time is over, where it is not done."""
+        if not self._over:
+            self._find("problem", "no answer in time", "see whether its API server is overloaded")
+
+    def _done(self) -> None:
+        self._over = True
+        self._on_done()
+
+    def _find(self, level: str, message: str, fix: str = "", check: str = "cluster") -> None:
+        self.findings.append(Finding(check, self._site.spec.name, level, message, fix))
+
+    def _on_prepared(self, error: FabrikError | None) -> None:
+        if error is not None:
+            fix = error.hint or f"correct {self._site.spec.kubeconfig}"
+            self._find("problem", error.message, fix, "credentials")
+            self._done()
+            return
+        self._look_at_credentials()
+        fetch(self._site, "/version", self._on_version)
+
+    def _look_at_credentials(self) -> None:
+        spec, connection, now = self._site.spec, self._site.connection, time.time()
+        for path in spec.kubeconfig.split(os.pathsep):
+            found = examined_path(path, 0o077) if os.path.exists(path) else None
+            if found is not None and found.level == "problem" and "cannot be written" not in found.message:
+                self._find("problem", f"{path}: {found.message}", found.fix, "credentials")
+        if connection is None:
+            return
+        self.identity = connection.identity
+        ends = {
+            "the client certificate": certificate_expiry(connection.cert_pem or ""),
+            "the token": connection.expires_at or token_expiry(connection.token or ""),
+            "the CA's certificate": certificate_expiry(connection.ca_pem or ""),
+        }
+        for what, at in ends.items():
+            renewed = what == "the token" and connection.expires_at is not None  # by its plugin
+            if at is not None and at < now + (0 if renewed else CERTIFICATE_WARN_S):
+                told = f"{what} {'expired' if at < now else 'expires'} on {format_time(at)[:10]}"
+                self._find("problem", told, f"renew it in {spec.kubeconfig}", "credentials")
+
+    def _on_version(self, got: Got) -> None:
+        spec = self._site.spec
+        if not got.status:
+            known = next((fix for words, fix in _FIXES if words in got.complaint), "")
+            fix = (known or "start the cluster, or correct 'server:' in {file}").format(file=spec.kubeconfig)
+            self._find("problem", got.complaint, fix)
+        elif got.status == 401:
+            self._find(
+                "problem", "the credentials are refused", f"log in anew: renew them in {spec.kubeconfig}", "credentials"
+            )
+        else:
+            self._look_at_clock(got)
+            version = text_at(got.document(), "gitVersion") or "of an unknown version"
+            server = self._site.connection.server if self._site.connection else ""
+            self._find("ok", f"{server} answers, {version}")
+            self._look_at_rights()
+            return
+        self._done()
+
+    def _look_at_clock(self, got: Got) -> None:
+        server_time = parse_http_date(got.head.headers.get("date", "") if got.head else "")
+        skew_s = 0.0 if server_time is None else server_time + 0.5 - time.time()
+        if abs(skew_s) > CLOCK_SKEW_S:
+            told = f"its clock is {format_age(abs(skew_s))} {'ahead of' if skew_s > 0 else 'behind'} this host's"
+            self._find("problem", told, "set the one that is wrong: timedatectl set-ntp true", "clock")
+
+    def _look_at_rights(self) -> None:
+        rights = rights_used(self._site.spec, self._settings)
+        asked = rights if self._rbac else [right for right in rights if right.verb == "list" or right.name]
+        self._open = len(asked)
+        for right in asked:
+
+            def done(got: Got, right: Right = right) -> None:
+                self._on_right(right, got)
+
+            if self._rbac:
+                Direct.post(self._site, _REVIEWS, right.review(), done)
+            elif right.name:
+                fetch(self._site, f"/api/v1/namespaces/{right.name}", done)
+            else:
+                kind = next(kind for kind in RESOURCES if kind.name == right.resource)
+                fetch(self._site, f"{kind.path(right.namespace)}?limit=1", done)
+
+    def _on_right(self, right: Right, got: Got) -> None:
+        refused = got.status == 403 or (self._rbac and object_at(got.document(), "status").get("allowed") is not True)
+        if self._rbac and not got.is_ok:
+            self._find(
+                "problem", f"the rights cannot be reviewed: {got.complaint}", "run doctor without --rbac", "rights"
+            )
+        elif refused:
+            why = f", {right.why}" if right.why else ""
+            self._find("problem", f"it may not {right.words}{why}", f"grant it to this user: {right.words}", "rights")
+        elif not got.is_ok:
+            self._find("problem", f"{right.words}: {got.complaint}", "look at the API server's own log", "rights")
+        elif right.name and not self._rbac:
+            uid = text_at(got.document(), "metadata", "uid")
+            self.identity = (uid,) if uid else self.identity
+        self._open -= 1
+        if not self._open:
+            self._done()
+
+
+def examine_clusters_and_laos(
+    specs: Sequence[ClusterSpec], settings: Settings, errors: TextIO, *, rbac: bool
+) -> list[Finding]:
+    """Look at all clusters and services of LAOS at once."""
+    direct = Direct(settings, errors)
+    services = _services(specs, settings)
+    waiting = len(specs) + len(services)
+    found: dict[str, Finding] = {}
+
+    def done() -> None:
+        nonlocal waiting
+        waiting -= 1
+        if not waiting:
+            direct.reactor.call_soon(direct.reactor.stop)
+
+    checks = [ClusterCheck(direct.site(spec), settings, rbac=rbac, done=done) for spec in specs]
+    for name, service in services.items():
+
+        def answered(got: Got, name: str = name, service: LaosService = service) -> None:
+            found[name] = _service_finding(name, service, got)
+            done()
+
+        fetch(ServiceSite(direct, name, service), _READY_PATHS[name.split()[0]], answered)
+    if waiting:
+        direct.run(settings.timing.sync)
+    direct.close()
+    too_late = Finding("laos", "", "problem", "no answer in time", "see whether it is overloaded")
+    for name in services:
+        found.setdefault(name, too_late._replace(subject=name))
+    for check in checks:
+        check.give_up()
+    return [*(one for check in checks for one in check.findings), *_twins(specs, checks), *found.values()]
+
+
+def _services(specs: Sequence[ClusterSpec], settings: Settings) -> dict[str, LaosService]:
+    """Return the services of LAOS that are configured, each once, under `loki of prod`."""
+    named: dict[str, LaosService] = {}
+    for where, laos in (("", settings.laos), *((f" of {spec.name}", spec.laos) for spec in specs)):
+        for name in LAOS_SERVICES:
+            service = getattr(laos, name)
+            if service is not None and service not in named.values():
+                named[name + where] = service
+    return named
+
+
+def _service_finding(name: str, service: LaosService, got: Got) -> Finding:
+    if got.is_ok:
+        return Finding("laos", name, "ok", f"{service.url} answers")
+    fix = f"start it, or correct its url under 'laos:', {service.url}"
+    if got.status in (401, 403):
+        fix = "correct its username and passwordFile, or bearerTokenFile"
+    elif not got.status and "correct its path" in got.complaint:
+        fix = "write that file, or correct its path under 'laos:'"
+    elif "certificate" in got.complaint:
+        fix = "set caFile to the authority that signed its certificate"
+    return Finding("laos", name, "problem", got.complaint or f"HTTP {got.status}", fix)
+
+
+def _twins(specs: Sequence[ClusterSpec], checks: Sequence[ClusterCheck]) -> Iterator[Finding]:
+    names: dict[tuple[str, ...], str] = {}
+    for spec, check in sorted(zip(specs, checks), key=lambda pair: pair[0].rank):
+        first = names.setdefault(check.identity, spec.name) if check.identity else spec.name
+        if first != spec.name:
+            fix = f"remove one of the two: 'fabrik-daemon clusters remove {spec.name}'"
+            yield Finding("cluster", spec.name, "problem", f"it is the same cluster as {first}", fix)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -17592,6 +18081,53 @@ def _write_clusters(settings: Settings, clusters: Sequence[ClusterSpec]) -> None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Commands: daemon and clusters: doctor
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def doctor(context: Context, arguments: argparse.Namespace) -> int:
+    """Look at everything that the daemon needs, and say how to end what is wrong with it."""
+    home = context.environment.get("HOME", "/")
+    findings, specs = _configured(context, named=arguments.config is not None)
+    findings += examine_host(context.settings, home)
+    findings += examine_clusters_and_laos(specs, context.settings, context.errors, rbac=arguments.rbac)
+    rows = [finding._asdict() for finding in findings]
+    print_answer(context, arguments.output, rows, lambda _now: format_findings(rows, context.style))
+    return FabrikError.exit_code if any(finding.level == "problem" for finding in findings) else 0
+
+
+def _configured(context: Context, *, named: bool) -> tuple[list[Finding], list[ClusterSpec]]:
+    """Look at the files of settings; return also the clusters that can be looked at."""
+    settings, environment = context.settings, context.environment
+    findings: list[Finding] = []
+    try:
+        text = read_text(settings.config)
+        parse_config(text or "", settings.config, environment)
+        if text is not None or not named:
+            told = "it can be used" if text is not None else "there is none: defaults hold"
+            findings.append(Finding("configuration", settings.config, "ok", told))
+        else:
+            fix = "name the config.yaml to use with --config"
+            findings.append(Finding("configuration", settings.config, "problem", "no such file", fix))
+    except ConfigError as error:
+        findings.append(problem_of("configuration", settings.config, error))
+    try:
+        specs = [spec for spec in configured_clusters(settings, environment) if spec.enabled]
+    except ConfigError as error:
+        specs = discover(environment).clusters
+        findings.append(problem_of("configuration", settings.clusters_file, error))
+    for note in discover(environment).notes:
+        findings.append(
+            Finding("configuration", "kubeconfig", "problem", note, "correct it, or leave it out of KUBECONFIG")
+        )
+    if not specs:
+        told = "no cluster is configured, and no kubeconfig has one of fabrik's"
+        fix = "fabrik-daemon clusters add --name NAME --kubeconfig FILE"
+        findings.append(Finding("configuration", settings.clusters_file, "problem", told, fix))
+    return findings, specs
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Commands: installing
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -17881,6 +18417,13 @@ def _clusters_test_arguments(parser: argparse.ArgumentParser) -> None:
     _output_argument(parser)
 
 
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--rbac", action="store_true", help="ask each cluster for every right, by SelfSubjectAccessReviews"
+    )
+    _output_argument(parser)
+
+
 def _clusters_remove_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="the cluster's name")
 
@@ -18075,6 +18618,13 @@ COMMANDS: Final = (
         clusters_test,
     ),
     Command(
+        "doctor",
+        "find what is wrong, and say how to end it",
+        ("doctor", "doctor --rbac", "doctor -o json"),
+        _doctor_arguments,
+        doctor,
+    ),
+    Command(
         "clusters remove",
         "take a cluster out of clusters.yaml",
         ("clusters remove prod",),
@@ -18247,7 +18797,12 @@ def _dispatch(argv: Sequence[str], out: TextIO, errors: TextIO) -> int:
     command, rest = find_command(words)
     arguments = make_parser(command).parse_args([*rest, *flags])
     places = Flags(arguments.config, arguments.cache, arguments.socket)
-    settings = settings_from(places, os.environ, read_text)
+    try:
+        settings = settings_from(places, os.environ, read_text)
+    except ConfigError:
+        if command.words != "doctor":
+            raise
+        settings = settings_from(places, os.environ, lambda _: "")  # it tells of the error itself
     settings = settings._replace(cache=os.path.abspath(settings.cache))  # the daemon's own folder is another
     if settings.socket is not None:
         settings = settings._replace(socket=os.path.abspath(settings.socket))

@@ -59,6 +59,7 @@ Key = tuple[str, str]  # namespace, name
 
 RECORDINGS: Final = Path(__file__).parent / "data" / "recordings"
 KUBE_SYSTEM_UID: Final = "5f0c6f0e-6a0e-4c6e-9a53-0d5f7d7f8a11"
+REVIEWS: Final = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
 LOOK_S: Final = 0.2  # how often an idle watch looks whether its client is still there
 
 
@@ -238,6 +239,7 @@ class KubernetesApi(ApiServer):
         self.collections = {name: Collection(name) for name in RESOURCES}
         self.logs = PodLogs(self.changed)  # what the pods' containers printed
         self.uid = KUBE_SYSTEM_UID
+        self.denied: set[str] = set()  # rights that a review denies: "list jobs", "get pods/log"
         self.expired_in_stream = True  # how a watch is told that its version is too old: ERROR event, else HTTP 410
         self.watches: set[Watch] = set()
         self._failures: list[Failure] = []
@@ -307,6 +309,9 @@ class KubernetesApi(ApiServer):
         """Find out what is asked for, and answer or stream it."""
         request = exchange.seen
         self._wait_while_held()
+        if request.path == REVIEWS:
+            exchange.send(self._review(exchange.document()))
+            return
         route = _ROUTE.fullmatch(request.path)
         if not route or RESOURCES[route["resource"]].prefix != route["prefix"]:
             exchange.send(self._other(request.path))
@@ -331,6 +336,12 @@ class KubernetesApi(ApiServer):
     def _wait_while_held(self) -> None:
         with self.changed:
             self.changed.wait_for(lambda: not self._held or self.stopping)
+
+    def _review(self, review: JsonObject) -> Response:
+        asked = review["spec"]["resourceAttributes"]
+        part = f"/{asked['subresource']}" if "subresource" in asked else ""
+        allowed = f"{asked['verb']} {asked['resource']}{part}" not in self.denied
+        return Response(201, encode({**review, "status": {"allowed": allowed}}))
 
     def _other(self, path: str) -> Response:
         if path.rstrip("/") == "/version":

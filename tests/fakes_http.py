@@ -156,6 +156,14 @@ class Exchange(BaseHTTPRequestHandler):
         self.seen = Request(self.command, parts.path, query, headers, time.monotonic())
         self.server.api.receive(self)
 
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        """Return the time by the server's own clock."""
+        return super().date_time_string((time.time() if timestamp is None else timestamp) + self.server.api.clock_s)
+
+    def document(self) -> Any:
+        """Return the JSON that the request carries."""
+        return json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+
     def send(self, response: Response) -> None:
         """Answer at once."""
         body = response.body
@@ -268,6 +276,8 @@ class ApiServer:
         self.port = 0
         self.requests: list[Request] = []
         self.violations: list[Request] = []
+        self.clock_s = 0.0  # how far its clock is ahead
+        self.writable: frozenset[str] = frozenset()  # paths that a test allows to be posted to
         self.errors: list[str] = []  # connections that broke, failed handshakes among them
         self.crashes: list[str] = []  # mistakes of this file
         self.changed = threading.Condition()
@@ -313,7 +323,7 @@ class ApiServer:
         request = exchange.seen
         with self.changed:
             self.requests.append(request)
-            if request.method != "GET":
+            if request.method != "GET" and not self._may_post(request):
                 self.violations.append(request)
             self.changed.notify_all()
         refused = self._refused(exchange)
@@ -322,9 +332,12 @@ class ApiServer:
         else:
             self.answer(exchange)
 
+    def _may_post(self, request: Request) -> bool:
+        return request.method == "POST" and request.path in self.writable
+
     def _refused(self, exchange: Exchange) -> Response | None:
         request = exchange.seen
-        if request.method != "GET":
+        if request.method != "GET" and not self._may_post(request):
             message = "the server does not allow this method on the requested resource"
             refused = refusal(405, "MethodNotAllowed", message, details={})
             return refused._replace(headers={"Connection": "close"})  # a body may stand unread
