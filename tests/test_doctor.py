@@ -323,7 +323,7 @@ FAULTS: Final[dict[Callable[[Ward], Fix], tuple[str, str, str]]] = {
     clock_an_hour_off: ("clock", "its clock is 60m ahead", "timedatectl"),
     open_folder: ("folders", "others may write to it", "chmod go-rwx"),
     open_socket_folder: ("socket", "others may write in", "chmod go-w"),
-    damaged_cache: ("cache", "damaged", "sync"),
+    damaged_cache: ("cache", "malformed", "sync"),
     no_cache_at_all: ("cache", "not a database", "sync"),
     held_lock: ("daemon", "process 12345 holds it", "kill 12345"),
     stale_socket: ("socket", "nobody answers at it", "rm "),
@@ -346,6 +346,7 @@ def test_a_planted_fault_is_found_and_its_fix_ends_it(plant: Callable[[Ward], Fi
     check, words, fix_words = FAULTS[plant]
     fix = plant(ward)
     problems = ward.look()
+    assert [row for row in problems if words in row["message"]], problems
     (found,) = [row for row in problems if words in row["message"]]
     assert found["check"] == check
     assert fix_words in found["fix"]
