@@ -11627,16 +11627,27 @@ def detach(cache: str) -> None:
     faulthandler.enable()
 
 
-def last_words(cache: str, *, forget: bool = False) -> str:
+def last_words(cache: str) -> str:
     """Return what the last background daemon said when it died, empty where it ended in order."""
-    path = crash_path(cache)
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            words = file.read(LAST_WORDS_CHARS).strip()
-        if forget and words:
-            os.unlink(path)  # an empty one is that of a daemon that starts or runs
+        with open(crash_path(cache), encoding="utf-8", errors="replace") as file:
+            return file.read(LAST_WORDS_CHARS).strip()
     except OSError:
         return ""
+
+
+def take_last_words(cache: str, *, starting: bool) -> str:
+    """Return the last words once to whoever asks how the daemon is, and once more to whoever starts the next."""
+    path, told = crash_path(cache), crash_path(cache) + ".told"
+    words = last_words(cache)
+    with contextlib.suppress(OSError):
+        if words:  # an empty file is that of a daemon that starts or runs
+            os.replace(path, told)
+        elif starting:
+            with open(told, encoding="utf-8", errors="replace") as file:
+                words = file.read(LAST_WORDS_CHARS).strip()
+        if starting:
+            os.unlink(told)
     return words
 
 
@@ -17758,7 +17769,7 @@ def start(context: Context, arguments: argparse.Namespace) -> int:
         daemon.run(lambda: detach(context.settings.cache) if arguments.detach else None)
         end_without_words(context.settings.cache)
         return 0
-    words = last_words(context.settings.cache, forget=True)
+    words = take_last_words(context.settings.cache, starting=True)
     if words:
         context.warn("the last daemon died; its last words:")
         context.errors.write(safe_lines(words))
@@ -17821,7 +17832,7 @@ def status(context: Context, arguments: argparse.Namespace) -> int:
     """Say how the daemon is, and how it stands with each cluster."""
     client = connect(context.settings)
     if client is None:
-        words = last_words(context.settings.cache)
+        words = take_last_words(context.settings.cache, starting=False)
         if words:
             context.warn("the last daemon died; its last words:")
             context.errors.write(safe_lines(words))
