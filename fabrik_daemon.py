@@ -7509,7 +7509,7 @@ def format_printed(line: str, prefix: str = "", colour: str = "") -> str:
     """Return a line that a container printed, harmless on a terminal: its own colours are left out, tabs stay."""
     text = "\t".join(safe_text(part) for part in _SGR.sub("", line).split("\t"))
     shown = f"{safe_text(prefix)} | " if prefix else ""
-    return (f"\x1b[{colour}m{shown}\x1b[0m" if colour and shown else shown) + text + "\n"
+    return painted(shown, colour) + text + "\n"
 
 
 def format_json_line(value: object) -> str:
@@ -13250,7 +13250,7 @@ class LokiTail:
         if not got.is_ok:
             self._done(self._count, got.complaint or "no answer")
             return
-        lines = parse_loki(got.document())
+        lines = parse_loki(got.document(), backward=self._wish.tail is not None)
         fresh = [line for line in lines if line not in self._last]
         for _, line in fresh:
             self._show(line)
@@ -13271,13 +13271,14 @@ def loki_query(run: Run, container: str | None) -> str:
     return "{" + ", ".join([*labels, *([f"container={json.dumps(container)}"] if container else [])]) + "}"
 
 
-def parse_loki(document: JsonObject) -> list[tuple[int, ShowLine]]:
+def parse_loki(document: JsonObject, *, backward: bool) -> list[tuple[int, ShowLine]]:
     """Return the lines of all streams of a query_range answer, each with its time in ns, in the order of time."""
     found = []
     for stream in list_at(document, "data", "result"):
         pod, container = text_at(stream, "stream", "pod") or "", text_at(stream, "stream", "container") or ""
         values = stream.get("values")
-        for entry in values if isinstance(values, list) else []:
+        entries = values if isinstance(values, list) else []
+        for entry in reversed(entries) if backward else entries:
             if isinstance(entry, list) and len(entry) > 1 and isinstance(entry[1], str):
                 at_ns = parse_int(entry[0]) or 0
                 text = entry[1].rstrip("\r\n")
@@ -17640,7 +17641,7 @@ class _Printer:
         self._reactor = direct.reactor
         self._timestamps = timestamps
         self._several = len(runs) > 1
-        colours = _PREFIX_COLOURS if context.out.isatty() and not context.environment.get("NO_COLOR") else ("",)
+        colours = _PREFIX_COLOURS if context.style.colour else ("",)
         self._colours = {run.run_id: colours[index % len(colours)] for index, run in enumerate(runs)}
         self._to_flush = False
         self.is_unread = False  # the reader of our output has what it wanted

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 from fabrik_objects import NAMESPACE, job, pod, run_id, time_text
 from fakes import ModelServer, refusal
-from fakes_http import Access
+from fakes_http import Access, ApiServer, Response
+from fakes_logs import parse_ns
 from harness import Cluster, wait_until
 from hosts import Host
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fakes import Authority, KubernetesApi
+    from fakes_http import Exchange
 
     Serve = Callable[[KubernetesApi], None]
 
@@ -59,7 +61,9 @@ class Scene:
         """Tell of the present Pod as it is."""
         metadata = {"name": self.name, "uid": f"uid-{self.id}-{self.pods}", "creationTimestamp": time_text(self.pods)}
         item = pod(self.run, phase=phase, metadata=metadata)
-        item["status"]["containerStatuses"][0].update(restartCount=self.restarts, **status)
+        item["status"].setdefault("containerStatuses", [{"name": "smithers"}])[0].update(
+            restartCount=self.restarts, **status
+        )
         self.server.put("pods", item)
 
     def prints(self, count: int, second: int, fraction: str = "", text: str = "line") -> None:
@@ -286,3 +290,154 @@ def test_a_missing_right_is_told_once_and_watches_go_on(scene: Scene) -> None:
     scene.host.stop()
     assert scene.host.log.count("grant get on pods/log") == 1
     assert len(scene.log_requests()) == 1
+
+
+# Read -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_log_is_read_as_it_stands(scene: Scene) -> None:
+    scene.add_pod()
+    scene.prints(5, 1, ".25")
+    scene.server.logs.start(NAMESPACE, scene.name, "sidecar")
+    scene.server.logs.write(NAMESPACE, scene.name, [(SECOND.format(2) + "Z", "beside")], "sidecar")
+    item = scene.server.collections["pods"].objects[NAMESPACE, scene.name]
+    item["spec"]["containers"] = [*item["spec"]["containers"], {"name": "sidecar"}]
+    beside = {**item["status"]["containerStatuses"][0], "name": "sidecar"}
+    item["status"]["containerStatuses"] = [*item["status"]["containerStatuses"], beside]
+    scene.server.put("pods", item)
+    assert scene.host.cli("sync").returncode == 0
+
+    def read(*words: str) -> list[str]:
+        done = scene.host.cli("runs", "logs", *words)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    assert read("--id", scene.id) == scene.printed
+    assert read(scene.id, "--tail", "2", "--timestamps") == [
+        f"{SECOND.format(1)}.25Z {line}" for line in scene.printed[-2:]
+    ]
+    assert read(scene.id, "--container", "sidecar") == ["beside"]
+    assert read(scene.id, "--since", "1h") == [], "the lines' own time lies in another year"
+    scene.server.logs.refused = [refusal(503, "ServiceUnavailable", "not now")]
+    assert read(scene.id) == scene.printed, "a server that is busy is asked again"
+
+    scene.server.logs.start(NAMESPACE, scene.name)
+    scene.server.logs.write(NAMESPACE, scene.name, [(SECOND.format(3) + "Z", "after")])
+    scene.restarts = 1
+    item["status"]["containerStatuses"][0]["restartCount"] = 1
+    scene.server.put("pods", item)
+    assert read(scene.id) == ["after"]
+    assert read(scene.id, "--previous") == scene.printed
+
+    done = scene.host.cli("runs", "logs", scene.id, "--container", "smitters")
+    assert done.returncode == 1
+    assert "no container 'smitters': did you mean 'smithers'?" in done.stderr
+
+
+def test_several_runs_are_told_apart_by_name_and_colour(scene: Scene) -> None:
+    other = Scene(scene.server, scene.host, 2)
+    for one in (scene, other):
+        one.add_pod()
+        one.prints(3, 1, text=f"of {one.run}:")
+    assert scene.host.cli("sync").returncode == 0
+    done = scene.host.cli("runs", "logs", "--status", "running")
+    assert done.returncode == 0, done.stderr
+    wanted = [f"{one.id} | {line}" for one in (scene, other) for line in one.printed]
+    assert sorted(done.stdout.splitlines()) == sorted(wanted)
+    coloured = scene.host.cli("runs", "logs", scene.id, other.id, "--color", "always").stdout
+    prefixes = {line.partition("| ")[0] for line in coloured.splitlines()}
+    assert len(prefixes) == 2
+    assert all(prefix.startswith("\x1b[3") for prefix in prefixes)
+    assert len({prefix[:5] for prefix in prefixes}) == 2, "each has a colour of its own"
+
+
+def test_what_a_pod_prints_is_harmless_on_a_terminal(scene: Scene) -> None:
+    scene.add_pod()
+    hostile = "\x1b[31mred\x1b[0m\tand \x1b]0;title\x07 \x9b2J \u202eback \r over".encode()
+    scene.server.logs.write(
+        NAMESPACE, scene.name, [(SECOND.format(1) + "Z", hostile), (SECOND.format(1) + "Z", b"\xff")]
+    )
+    assert scene.host.cli("sync").returncode == 0
+    done = scene.host.cli("runs", "logs", scene.id)
+    assert done.stdout == "red\tand \\x1b]0;title\\x07 \\x9b2J \\u202eback \\r over\n\ufffd\n"
+
+
+def test_what_cannot_be_read_is_told(scene: Scene) -> None:
+    scene.pods = 1
+    scene.put_pod("Pending", state={"waiting": {"reason": "ImagePullBackOff"}})
+    assert scene.host.cli("sync").returncode == 0
+    done = scene.host.cli("runs", "logs", scene.id)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "waits: ImagePullBackOff; no lines of it were kept" in done.stderr
+    assert scene.host.cli("runs", "logs").returncode == 2
+    assert scene.host.cli("runs", "logs", "--status", "blocked").returncode == 3
+    assert scene.host.cli("runs", "logs", scene.id, "-p", "-f").returncode == 2
+    scene.server.refuse("pods")
+    done = scene.host.cli("runs", "logs", scene.id)
+    assert done.returncode == 1
+    assert 'cannot list resource "pods"' in done.stderr
+    scene.server.stop()
+    done = scene.host.cli("runs", "logs", scene.id)
+    assert done.returncode == 5
+    assert "Connection refused" in done.stderr
+
+
+class Loki(ApiServer):
+    """Answers query_range as Loki does: at most `limit` lines, of a time from `start` on and before `end`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[tuple[int, str, str]] = []  # time, Pod, text
+
+    def answer(self, exchange: Exchange) -> None:
+        query = exchange.seen.query
+        assert exchange.seen.path == "/loki/api/v1/query_range"
+        pods = re.search(r'pod=~"((?:[^"\\]|\\.)*)"', query["query"])
+        assert pods
+        pattern = json.loads(f'"{pods[1]}"')
+        found = [line for line in self.lines if int(query["start"]) <= line[0] < int(query["end"])]
+        found = [line for line in found if re.fullmatch(pattern, line[1])]
+        limit = int(query["limit"])
+        found = found[:limit] if query["direction"] == "forward" else found[-limit:][::-1]
+        streams: dict[str, list[list[str]]] = {}
+        for at, name, text in found:
+            streams.setdefault(name, []).append([str(at), text])
+        result = [{"stream": {"pod": name, "container": "smithers"}, "values": rows} for name, rows in streams.items()]
+        exchange.send(Response(200, json.dumps({"status": "success", "data": {"result": result}}).encode()))
+
+
+def test_when_the_pod_is_gone_loki_has_its_log(scene: Scene) -> None:
+    scene.server.put("jobs", job(scene.run, conditions=["Complete"]))
+    loki = Loki()
+    began = parse_ns(SECOND.format(1) + "Z")
+    loki.lines = [
+        (began + 10**6 * (number // 7), f"fabrik-{scene.id}-{number % 2}abcd", f"old {number}")
+        for number in range(2300)
+    ]
+    loki.lines.sort()
+    loki.lines.append((began, "fabrik-other-x", "not ours"))
+    with loki:
+        secret = scene.host.root / "secret"
+        secret.write_text("tell\n")
+        service = {"url": f"{loki.url}/", "tenant": "fabrik", "bearerTokenFile": str(secret)}
+        config = scene.host.root / "config" / "config.yaml"
+        config.write_text(json.dumps({"timing": QUICK, "laos": {"loki": service}}))
+        assert scene.host.cli("sync").returncode == 0
+        done = scene.host.cli("runs", "logs", scene.id)
+        assert done.returncode == 0, done.stderr
+        assert sorted(done.stdout.splitlines()) == sorted(text for _, _, text in loki.lines[:-1])
+        times = {text: at for at, _, text in loki.lines}
+        shown = [times[line] for line in done.stdout.splitlines()]
+        assert shown == sorted(shown)
+        assert f"its Pod is gone; these 2300 lines are from Loki, {loki.url}" in done.stderr
+        done = scene.host.cli("runs", "logs", scene.id, "--tail", "2")
+        assert done.stdout.splitlines() == [text for _, _, text in loki.lines[-3:-1]]
+        asked = loki.asked(lambda request: True)[-1]
+        assert asked.headers["x-scope-orgid"] == "fabrik"
+        assert asked.headers["authorization"] == "Bearer tell"
+        loki.lines = []
+        done = scene.host.cli("runs", "logs", scene.id)
+        assert done.returncode == 1
+        assert "it has no line of it; no lines of it were kept" in done.stderr
+    done = scene.host.cli("runs", "logs", scene.id)
+    assert "Connection refused; no lines of it were kept" in done.stderr
