@@ -131,15 +131,14 @@ def test_what_waits_is_written_in_one_transaction(connection: sqlite3.Connection
     assert read(path, "SELECT count(*) FROM runs") == [(BATCH_OPERATIONS,)]
 
 
-def test_a_batch_ends_at_a_hundred_statements_but_never_inside_a_unit(
-    connection: sqlite3.Connection, path: str
-) -> None:
+def test_a_batch_ends_at_its_limit_but_never_inside_a_unit(connection: sqlite3.Connection, path: str) -> None:
     said = traced(connection)
-    units = [[run(f"{unit}-{number}") for number in range(60)] for unit in range(4)]
+    size = BATCH_OPERATIONS * 3 // 5
+    units = [[run(f"{unit}-{number}") for number in range(size)] for unit in range(4)]
     written(path, connection, units)
     transactions = " ".join(said).split("BEGIN")[1:]
-    assert [part.count("INSERT") for part in transactions] == [120, 120]
-    assert read(path, "SELECT count(*) FROM runs") == [(240,)]
+    assert [part.count("INSERT") for part in transactions] == [2 * size, 2 * size]
+    assert read(path, "SELECT count(*) FROM runs") == [(4 * size,)]
 
 
 def test_an_empty_unit_is_nothing(connection: sqlite3.Connection, path: str) -> None:

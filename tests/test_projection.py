@@ -33,6 +33,7 @@ from fabrik_daemon import (
     PodFacts,
     Resource,
     Run,
+    Verdict,
     VolumeFacts,
     current_job,
     current_pod,
@@ -46,7 +47,6 @@ from fabrik_daemon import (
     schedule_row,
     status_of,
     warning_row,
-    with_status,
 )
 from fabrik_daemon import Report as Said
 
@@ -87,6 +87,7 @@ def said(**annotations: str) -> Said:
 COMPLETE = job_facts(job(1, conditions=["SuccessCriteriaMet", "Complete"]))
 FAILED_JOB = job_facts(job(1, conditions=["FailureTarget", "Failed=BackoffLimitExceeded"]))
 LATE = job_facts(job(1, conditions=["Failed=DeadlineExceeded"]))
+GOING = Verdict(RUNNING, None, None)
 ACTIVE = job_facts(job(1))
 SUSPENDED = job_facts(job(1, suspend=True))
 LABELLED = job_facts(job(1, metadata={"labels": {"fabrik.dev/status": "cancelled"}}))
@@ -226,7 +227,7 @@ def test_a_condition_that_is_unknown_or_not_true_ends_nothing() -> None:
 
 def test_reports_on_the_job_stand_in_for_those_the_pod_does_not_make() -> None:
     facts = job_facts(job(1), report=said(phase="review", task="1:a", reason="because"))
-    row = run_row(Place("c", NAMESPACE, RUN), RUN, facts, UP._replace(report=said(phase="implement")))
+    row = run_row(Place("c", NAMESPACE, RUN), RUN, facts, UP._replace(report=said(phase="implement")), GOING)
     assert (row.phase, row.current_task) == ("implement", "1:a")
 
 
@@ -619,29 +620,37 @@ def test_no_shape_of_an_object_breaks_the_projection(kind: tuple[Resource, JsonO
 
 
 def test_what_follows_from_the_status() -> None:
-    row = Run("r", "c", "n", current_task="1:a", created_at=time_text(0), heartbeat_at=time_text(30))
+    facts = pod_facts(pod(1, report=Report(task="1:a", updated=time_text(30))))
+
+    def row(status: str, ended_at: str | None, told: PodFacts = facts) -> Run:
+        return run_row(Place("c", NAMESPACE, RUN), RUN, ACTIVE, told, Verdict(status, None, ended_at))
+
     expected = {PENDING: None, RUNNING: "in-progress", BLOCKED: "in-progress", FINISHED: FINISHED, FAILED: FAILED}
     for status, task_status in expected.items():
-        assert with_status(row, status, None, time_text(60)).task_status == task_status
-    assert with_status(row._replace(current_task=None), RUNNING, None, None).task_status is None
-    assert with_status(row, RUNNING, None, time_text(60)).finished_at is None
-    ended = with_status(row, FINISHED, None, time_text(60))
+        assert row(status, time_text(60)).task_status == task_status
+    assert row(RUNNING, None, facts._replace(report=said())).task_status is None
+    assert row(RUNNING, time_text(60)).finished_at is None
+    ended = row(FINISHED, time_text(60))
     assert (ended.finished_at, ended.updated_at) == (time_text(60), time_text(60))
-    assert with_status(row, RUNNING, None, None).updated_at == time_text(30)
+    assert row(RUNNING, None).updated_at == time_text(30)
 
 
 def test_a_run_s_row_says_what_its_job_and_pod_say() -> None:
-    row = run_row(Place("c", NAMESPACE, RUN), RUN, ACTIVE, pod_facts(pod(1, report=Report(updated=time_text(30)))))
+    told = pod_facts(pod(1, report=Report(updated=time_text(30))))
+    row = run_row(Place("c", NAMESPACE, RUN), RUN, ACTIVE, told, GOING)
     assert row._replace(pod_name=None, job_uid=None) == Run(
         RUN,
         "c",
         NAMESPACE,
+        RUNNING,
         current_task="16:impl",
+        task_status="in-progress",
         progress_finished=150,
         progress_total=192,
         spec_id="feature-x",
         template="coding",
         created_at=time_text(),
+        updated_at=time_text(30),
         id=RUN,
         project="myapp",
         phase="implement",

@@ -18,8 +18,10 @@ from fabrik_daemon import (
     ResponseHead,
     WatchEvent,
     facts_from,
+    parse_json,
     refusal_from_response,
     refusal_from_status,
+    slim_line,
 )
 
 JsonObject = dict[str, Any]
@@ -63,14 +65,14 @@ def decode_list(*pieces: bytes) -> tuple[list[JsonObject], ListDecoder]:
 @given(ITEMS, CUTS, st.sampled_from([b"\n", b"\r\n", b"\n\n"]))
 def test_a_watch_tells_the_same_events_wherever_it_is_cut(items: list[JsonObject], cuts: list[int], end: bytes) -> None:
     lines = [json.dumps({"type": "ADDED", "object": item}).encode() for item in items]
-    decoder = LineDecoder()
+    decoder = LineDecoder("pods")
     pieces = split(b"".join(line + end for line in lines), cuts)
     found = [event for piece in pieces for event in decoder.receive(piece)]
     assert found == [WatchEvent("ADDED", item) for item in items]
 
 
 def test_an_unfinished_line_is_no_event() -> None:
-    decoder = LineDecoder()
+    decoder = LineDecoder("pods")
     line = b'{"type":"ADDED","object":{}}'
     assert list(decoder.receive(line)) == []
     assert list(decoder.receive(b"\n" + line[:5])) == [WatchEvent("ADDED", {})]
@@ -98,11 +100,11 @@ def test_an_unfinished_line_is_no_event() -> None:
 )
 def test_a_line_that_is_no_event_is_an_error(line: bytes) -> None:
     with pytest.raises(ProtocolError, match="no watch event"):
-        list(LineDecoder().receive(line + b"\n"))
+        list(LineDecoder("pods").receive(line + b"\n"))
 
 
 def test_text_that_is_no_utf_8_is_replaced() -> None:
-    (event,) = LineDecoder().receive(b'{"type":"ADDED","object":{"a":"\xff\xed\xa0\x80"}}\n')
+    (event,) = LineDecoder("pods").receive(b'{"type":"ADDED","object":{"a":"\xff\xed\xa0\x80"}}\n')
     event.object["a"].encode()
 
 
@@ -110,7 +112,7 @@ def test_a_lone_surrogate_in_an_event_does_not_reach_the_facts() -> None:
     text = (
         '{"type":"ADDED","object":{"metadata":{"name":"data-fabrik-\\ud800","labels":{"fabrik.dev/run-id":"\\udfff"}}}}'
     )
-    (event,) = LineDecoder().receive(text.encode() + b"\n")
+    (event,) = LineDecoder("pods").receive(text.encode() + b"\n")
     facts = facts_from("persistentvolumeclaims", event.object)
     assert facts is not None
     assert (facts.name, facts.id) == ("data-fabrik-?", "?")
@@ -118,7 +120,7 @@ def test_a_lone_surrogate_in_an_event_does_not_reach_the_facts() -> None:
 
 def test_a_line_without_an_end_is_an_error_before_it_fills_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fabrik_daemon, "ITEM_MAX_BYTES", 1000)
-    decoder = LineDecoder()
+    decoder = LineDecoder("pods")
     assert list(decoder.receive(b"x" * 1000)) == []
     with pytest.raises(ProtocolError, match="over 1000 bytes"):
         list(decoder.receive(b"x"))
@@ -126,7 +128,7 @@ def test_a_line_without_an_end_is_an_error_before_it_fills_the_memory(monkeypatc
 
 def test_many_lines_are_no_long_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fabrik_daemon, "ITEM_MAX_BYTES", 100)
-    decoder = LineDecoder()
+    decoder = LineDecoder("pods")
     for _ in range(20):
         assert list(decoder.receive(b'{"type":"ADDED",')) == []
         assert list(decoder.receive(b'"object":{}}\n')) == [WatchEvent("ADDED", {})]
@@ -153,11 +155,13 @@ def test_every_recorded_watch_tells_the_events_that_were_written_down(size: int)
     assert len(recorded) > 50
     for lines in recorded:
         _, body = response(lines.with_suffix(".http"))
-        decoder = LineDecoder()
+        decoder = LineDecoder("pods" if "pods" in lines.name else "jobs")
         events = [event for at in range(0, len(body), size) for event in decoder.receive(body[at : at + size])]
         expected = [json.loads(line)["event"] for line in lines.read_text("utf-8").splitlines()]
-        for event in events:
+        for event, whole in zip(events, expected):
             event.object.get("metadata", {}).pop("managedFields", None)
+            if "pods" in lines.name and "spec" not in event.object:
+                whole["object"].pop("spec", None)
         assert [{"type": event.type, "object": event.object} for event in events] == expected, lines
 
 
@@ -320,7 +324,7 @@ def test_a_recorded_403_says_which_right_is_missing(name: str, said: str) -> Non
 
 def test_both_recorded_forms_of_an_expired_version_are_told_apart_from_others() -> None:
     _, body = response(RECORDINGS / "14-watch-protocol" / "watch-pods-stale-rv.http")
-    (event,) = LineDecoder().receive(body)
+    (event,) = LineDecoder("pods").receive(body)
     assert refusal_from_status(500, event.object).is_expired
     for path in ("14-watch-protocol/list-pods-stale-exact.http", "13-pagination/list-jobs-page2-expired.http"):
         assert refusal_from_response(*response(RECORDINGS / path)).is_expired
@@ -352,3 +356,87 @@ def test_an_error_event_says_its_own_code() -> None:
     assert refusal_from_status(500, {"code": 410, "reason": "Expired"}) == Refusal(410, "Expired")
     assert refusal_from_status(500, {}) == Refusal(500, "HTTP 500")
     assert refusal_from_status(500, {"code": "x", "message": 5, "details": []}) == Refusal(500, "HTTP 500")
+
+
+# What is left out before a line is parsed
+
+
+NASTY = st.sampled_from(
+    (
+        ',"managedFields":[',
+        ']},"spec":{',
+        ',"status":{',
+        '},"spec":{"a":1},"status":{"phase":"Failed"',
+        "]",
+        "[{",
+        '\\"',
+        "\\",
+        '"',
+        "\u2028",
+    )
+)
+NAMES_OF_MEMBERS = st.sampled_from(("name", "metadata", "spec", "status", "object", "type"))  # of all but managedFields
+HOSTILE = st.lists(NASTY | st.text(max_size=5), max_size=6).map("".join)
+MEMBERS = st.recursive(
+    st.none() | st.booleans() | st.integers() | HOSTILE,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(HOSTILE | NAMES_OF_MEMBERS, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@st.composite
+def pods(draw: st.DrawFn) -> JsonObject:
+    """A pod as no API server would write it: members in any order, with any values."""
+    metadata = {
+        "name": draw(HOSTILE),
+        "annotations": draw(st.dictionaries(HOSTILE, HOSTILE, max_size=3)),
+        "ownerReferences": draw(st.lists(st.dictionaries(NAMES_OF_MEMBERS, MEMBERS, max_size=3), max_size=2)),
+        "managedFields": draw(st.lists(MEMBERS, max_size=2)),
+    }
+    members = {
+        "metadata": shuffled(draw, metadata),
+        "spec": draw(MEMBERS),
+        "status": draw(MEMBERS),
+        "extra": draw(MEMBERS),
+    }
+    return shuffled(draw, members)
+
+
+def shuffled(draw: st.DrawFn, members: JsonObject) -> JsonObject:
+    names = draw(st.permutations(sorted(members)))
+    return {name: members[name] for name in names[: draw(st.integers(2, len(names)))]}
+
+
+@settings(max_examples=300, deadline=None)
+@given(pods(), st.sampled_from(("pods", "jobs")), st.booleans(), st.booleans())
+def test_leaving_members_out_before_parsing_changes_no_other(
+    pod: JsonObject, resource_name: str, ascii_only: bool, compact: bool
+) -> None:
+    separators = (",", ":") if compact else (", ", ": ")
+    line = json.dumps({"type": "ADDED", "object": pod}, ensure_ascii=ascii_only, separators=separators).encode()
+    (event,) = LineDecoder(resource_name).receive(line + b"\n")
+    expected = json.loads(line)["object"]
+    if isinstance(expected.get("metadata"), dict) and "managedFields" not in event.object.get("metadata", {}):
+        expected["metadata"].pop("managedFields", None)
+    for member in ("spec", "extra") if resource_name == "pods" else ():
+        if member not in event.object:
+            expected.pop(member, None)
+    assert event.object == expected
+
+
+@pytest.mark.parametrize("resource_name", ["pods", "jobs", "cronjobs", "persistentvolumeclaims", "events"])
+def test_the_lines_of_a_real_server_lose_their_managed_fields_unparsed(resource_name: str) -> None:
+    for recorded in sorted(RECORDINGS.glob(f"*/watch-{resource_name}*.http")):
+        for line in response(recorded)[1].splitlines():
+            parsed = parse_json(line.decode("utf-8", "replace"))
+            if parsed is None or "managedFields" not in line.decode("utf-8", "replace"):
+                continue
+            keeps_spec = resource_name != "pods"
+            slim = slim_line(line, keeps_spec=keeps_spec)
+            shape_is_met = b'},"spec":{' in line and (keeps_spec or b',"status":{' in line)
+            assert (slim is not None) == shape_is_met, line
+            if slim is not None:
+                del parsed["object"]["metadata"]["managedFields"]
+                if not keeps_spec:
+                    del parsed["object"]["spec"]
+                assert json.loads(slim) == parsed
