@@ -3596,7 +3596,7 @@ def _line_for(wanted: Filter, published: _Published) -> bytes | None:
 
 
 def _history_lines(wanted: Filter, changes: Iterable[Change]) -> Iterator[bytes]:
-    return _marked_history(wanted, (_Published(change, format_line(event_of(change))) for change in changes))
+    return _marked_history(wanted, (_Published(change, event_line(change)) for change in changes))
 
 
 def _marked_history(wanted: Filter, some: Iterable[_Published]) -> Iterator[bytes]:
@@ -8546,6 +8546,7 @@ class Reactor:
         self._order = itertools.count()
         self._soon: deque[Callable[[], None]] = deque()
         self._running = False
+        self._thread = 0  # the one that turns the loop: all others have to wake it
         self._sleep_s = math.inf
         self._on_sleep: Callable[[], None] = lambda: None
         self._pools: dict[str, concurrent.futures.ThreadPoolExecutor] = {}
@@ -8581,7 +8582,8 @@ class Reactor:
     def call_soon(self, callback: Callable[[], None]) -> None:
         """Call back in the loop's next turn; the one method that other threads may call."""
         self._soon.append(callback)
-        self.wake()
+        if threading.get_ident() != self._thread:
+            self.wake()
 
     def wake(self) -> None:
         """Let the loop take a turn now."""
@@ -8632,7 +8634,7 @@ class Reactor:
 
     def run(self) -> None:
         """Turn until `stop`."""
-        self._running = True
+        self._running, self._thread = True, threading.get_ident()
         turned_at, offset_before = self.now(), time.time() - self.now()
         while self._running:
             timeout = self._timeout()
@@ -8904,6 +8906,7 @@ class Stream:
         self._output = bytearray()
         self._closed = False
         self._paused = False
+        self._events = 0  # that the reactor calls back for
 
     def connect(self, route: Route, timing: Timing) -> None:
         """Connect; what is sent meanwhile waits."""
@@ -8976,10 +8979,11 @@ class Stream:
         if self._socket is None or self._closed:
             return
         events = (0 if self._paused else selectors.EVENT_READ) | (selectors.EVENT_WRITE if self._output else 0)
-        if events:
+        if events and events != self._events:
             self._reactor.register(self._socket, events, self._on_ready)
-        else:
+        elif events != self._events:
             self._reactor.unregister(self._socket)
+        self._events = events
 
     def _on_ready(self, _events: int) -> None:
         sock = self._socket
@@ -9204,8 +9208,11 @@ class CacheThread:
         self._connection = connection
         self._timing = timing
         self._log = log
-        self._queue: queue.SimpleQueue[list[Statement] | None] = queue.SimpleQueue()
-        self._queued_at: deque[float] = deque()  # of what is queued, in the same order
+        self._units: deque[list[Statement]] = deque()
+        self._operations = 0  # in all of them
+        self._lock = threading.Lock()
+        self._some, self._enough = threading.Event(), threading.Event()
+        self._queued_at: deque[float] = deque()  # of what waits, in the same order
         self._thread = threading.Thread(target=self._run, name="cache", daemon=True)
         self._stopping = False
         self._pinned = False  # a reader keeps the write-ahead log from being emptied
@@ -9219,9 +9226,16 @@ class CacheThread:
 
     def put(self, unit: list[Statement]) -> None:
         """Have some statements written together; returns at once."""
-        if unit:
+        if not unit:
+            return
+        with self._lock:
+            self._units.append(unit)
             self._queued_at.append(time.monotonic())
-            self._queue.put(unit)
+            self._operations += len(unit)
+        if not self._some.is_set():  # one wake-up a batch: each costs the loop a fight for the interpreter
+            self._some.set()
+        if self._operations >= self._limit:
+            self._enough.set()
 
     @property
     def waiting(self) -> int:
@@ -9236,9 +9250,14 @@ class CacheThread:
     def close(self, timeout: float) -> bool:
         """Write what waits, then close; False where that took longer than the timeout."""
         self._stopping = True
-        self._queue.put(None)
+        self._some.set()
+        self._enough.set()
         self._thread.join(timeout)
         return not self._thread.is_alive()
+
+    @property
+    def _limit(self) -> int:
+        return PINNED_OPERATIONS if self._pinned else BATCH_OPERATIONS
 
     def _run(self) -> None:
         more = True
@@ -9254,21 +9273,20 @@ class CacheThread:
 
     def _batch(self) -> tuple[list[list[Statement]], bool]:
         """Return the next units, and whether there may be more after them; the first is waited for."""
-        unit = self._queue.get()
+        self._some.wait()
+        self._enough.wait(self._timing.pinned_batch if self._pinned else self._timing.batch)
         units: list[list[Statement]] = []
-        ends_at = time.monotonic() + (self._timing.pinned_batch if self._pinned else self._timing.batch)
         operations = 0
-        while unit is not None:
-            units.append(unit)
-            operations += len(unit)
-            left = ends_at - time.monotonic()
-            if operations >= (PINNED_OPERATIONS if self._pinned else BATCH_OPERATIONS):
-                return units, True
-            try:
-                unit = self._queue.get(timeout=left) if left > 0 and not self._stopping else self._queue.get_nowait()
-            except queue.Empty:
-                return units, True
-        return units, False
+        with self._lock:
+            while self._units and operations < self._limit:
+                units.append(self._units.popleft())
+                operations += len(units[-1])
+            self._operations -= operations
+            if self._operations < self._limit and not self._stopping:
+                self._enough.clear()
+            if not self._units and not self._stopping:
+                self._some.clear()
+            return units, bool(self._units) or not self._stopping
 
     def _write(self, units: list[list[Statement]], *, leniently: bool = False) -> None:
         statements = [statement for unit in units for statement in unit]
@@ -11842,14 +11860,10 @@ class Follower:
         progress = progress_of(scope, event.resource_version, now)
         take = self._store.remove if event.type == "DELETED" else self._store.observe
         commit = take(progress, name, facts, now)
-<<<<<<< HEAD
-        self.take(commit, cluster_statement(scope.cluster, {"last_event_at": progress.at}))
+        self.take(commit, last_event_statement(scope.cluster, progress.at))
         self.meter.count("fabrik_daemon_events_total", scope.cluster, scope.resource)
         if commit.changes and len(self._bus):
             self.meter.histograms["fabrik_daemon_event_to_subscriber_seconds"].observe(time.monotonic() - began)
-=======
-        self.take(commit, last_event_statement(scope.cluster, progress.at))
->>>>>>> 87f7800 (A change costs half of what it did: lines without managedFields, chunks and reports in one pass, rows serialised once, merged writes)
 
     def on_list(self, scope: Scope, resource_version: str, items: list[Facts]) -> None:
         """Take a whole list into the store."""
