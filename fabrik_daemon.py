@@ -4116,8 +4116,7 @@ def facts_json(facts: Facts) -> str:
     """Return the text that `objects.facts` holds; facts_from_json reads it."""
     fields = facts._asdict()
     if "report" in fields:
-        report = facts.report._asdict().items()  # type: ignore[union-attr]
-        fields["report"] = {name: value for name, value in report if value is not None and value != ()}
+        fields["report"] = {name: value for name, value in facts.report._asdict().items() if value not in (None, ())}  # type: ignore[union-attr]
     return format_json_text({name: value for name, value in fields.items() if value is not None and value != {}})
 
 
@@ -4228,6 +4227,7 @@ def _delete_statement(row: TableRow) -> Statement:
     return f"DELETE FROM {table} WHERE {' AND '.join(f'{name} = ?' for name in keys)}", row_key(row)  # noqa: S608
 
 
+_PROGRESS_COLUMNS: Final = (*Scope._fields, "resource_version", "synced_at")
 _OBJECT_COLUMNS: Final = (*ObjectKey._fields, "uid", "run", "facts")
 
 
@@ -4241,9 +4241,6 @@ def _object_statement(key: ObjectKey, facts: Facts | None) -> Statement:
 def _progress_statement(progress: Progress) -> Statement:
     text = _upsert_sql("watches", _PROGRESS_COLUMNS, Scope._fields, _PROGRESS_COLUMNS[3:])
     return text, (*progress.scope, progress.resource_version, progress.at)
-
-
-_PROGRESS_COLUMNS: Final = (*Scope._fields, "resource_version", "synced_at")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

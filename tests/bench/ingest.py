@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT), str(Path(__file__).parent)]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 from harness import Cluster, wait_until  # noqa: E402 - found through the path above
 from links import LooseDaemon  # noqa: E402
-from pods import PodServer, Work, recorded_event  # noqa: E402
+from pod_server import PodServer, Work, recorded_event  # noqa: E402
 
 TICKS: Final = os.sysconf("SC_CLK_TCK")
 PATIENCE_S: Final = 120.0
@@ -91,7 +91,8 @@ def measure(work: Work, python: str = sys.executable) -> Ingest:
             finally:
                 daemon.kill()
     bare = bare_s(work, python)
-    return Ingest(*(round(seconds / work.events * 1e6, 1) for seconds in (used, took, bare)), round(rss_mb, 1))
+    cpu_us, wall_us, bare_us = (round(seconds / work.events * 1e6, 1) for seconds in (used, took, bare))
+    return Ingest(cpu_us, wall_us, bare_us, round(rss_mb, 1))
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The API server of the benchmarks: a process of its own that serves runs and sends their pods' changes.
+"""The API server of benchmarks: a process of its own that serves runs and sends their pods' changes.
 
 The changes are those of a recorded Pod, ids, names, versions and progress made to vary; they are bytes before the
 clock starts, so that the server costs little while a client is measured.
@@ -9,25 +9,22 @@ from __future__ import annotations
 import json
 import multiprocessing
 import re
-import sys
 import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-ROOT: Final = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
-
-import fabrik_objects  # noqa: E402 - found through the path above
-from fakes import ModelServer, Selector, parse_response  # noqa: E402
-from fakes_http import Access, Authority, Exchange  # noqa: E402
+import fabrik_objects
+from fakes import RECORDINGS, ModelServer, Selector, parse_response
+from fakes_http import Access, Authority, Exchange
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from multiprocessing.connection import Connection
-    from typing import Self
 
-RECORDED: Final = ROOT / "tests" / "data" / "recordings" / "01-happy-path" / "watch-pods.http"
+    from typing_extensions import Self
+
+RECORDED: Final = RECORDINGS / "01-happy-path" / "watch-pods.http"
 FIRST_VERSION: Final = 1_000_000
 WRITE_BYTES: Final = 1 << 20
 _PROGRESS: Final = re.compile(rb'\\"finished\\":\d+,\\"total\\":\d+')
