@@ -25,13 +25,13 @@ _TABLES: Final = {"run": "runs", "schedule": "schedules", "volume": "volumes", "
 class SimServer:
     """Stands in for the daemon's socket server: it wakes simulated subscribers."""
 
-    remote = None
+    remote = requests = None
 
     def __init__(self, reactor: SimReactor, *_parts: object) -> None:
         self._reactor = reactor
         self.readers: dict[fabrik_daemon.Subscription, Reader] = {}
 
-    def open(self, _path: str) -> None:
+    def open(self, _path: str, _group: str | None = None) -> None:
         pass
 
     keep = close = lambda self: None

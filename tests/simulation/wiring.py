@@ -57,13 +57,13 @@ class SimLog:
     def __init__(self, world: World) -> None:
         self._world = world
 
-    def log(self, _level: int, message: str, *values: object) -> None:
+    def log(self, _level: int, message: str, *values: object, extra: object = None) -> None:
         if any(words in message for words in self._NEVER):
             raise Violation(f"logged: {message % values}")
         if self._world.say is not None:
             self._world.note(f"  log: {message % values}")
 
-    def info(self, message: str, *values: object) -> None:
+    def info(self, message: str, *values: object, extra: object = None) -> None:
         self.log(20, message, *values)
 
     warning = error = exception = debug = info
