@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import select
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -92,6 +94,7 @@ class RemoteHost(Host):
     ) -> None:
         super().__init__(executable, unpacked, root, clusters, timing=timing)
         self.tls = tls
+        self._peers = itertools.count()
         self.port = free_port()
         self.token_file = root / "token"
         self.token_file.write_text(TOKEN + "\n")
@@ -109,9 +112,15 @@ class RemoteHost(Host):
         """What `--remote` names it by."""
         return f"{'ws' if self.tls is None else 'wss'}://localhost:{self.port}/daemon"
 
-    def connect(self) -> socket.socket:
-        """Return a connection to its port, with TLS where it has that."""
-        sock = socket.create_connection(("127.0.0.1", self.port), ANSWER_S)
+    def connect(self, source: str = "") -> socket.socket:
+        """Return a connection to its port, with TLS where it has that; unless a source is given, of a peer of its own.
+
+        All of 127.0.0.0/8 is this host with Linux, so that one test's refusals do not slow the next.
+        """
+        if not source:
+            number = next(self._peers)
+            source = f"127.1.{number // 250}.{number % 250 + 1}" if sys.platform == "linux" else "127.0.0.1"
+        sock = socket.create_connection(("127.0.0.1", self.port), ANSWER_S, (source, 0))
         if self.tls is None:
             return sock
         return self.tls.client_context().wrap_socket(sock, server_hostname="localhost")
