@@ -13022,6 +13022,10 @@ def _dial(remote: RemoteDaemon) -> websocket.WebSocket:
     except (websocket.WebSocketException, OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise NotRunningError(f"no daemon answers at {remote.url}: {why}") from None
+    status = connection.getstatus()  # type: ignore[no-untyped-call]
+    if status != 101 or connection.subprotocol != SUBPROTOCOL:
+        connection.shutdown()  # type: ignore[no-untyped-call]
+        raise NotRunningError(f"no daemon of this version at {remote.url} (HTTP {status})", "check the URL")
     return connection
 
 

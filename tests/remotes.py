@@ -283,7 +283,7 @@ class Watch:
 
     def __init__(self, host: RemoteHost, *words: str, **more: str) -> None:
         self.process = subprocess.Popen(
-            host.command("runs", "watch", "-o", "jsonl", "--remote", host.url, *words),
+            host.command("runs", "watch", "-o", "json", "--remote", host.url, *words),
             env=host.client_environment(**more),
             cwd=host.root,
             stdin=subprocess.DEVNULL,
@@ -305,6 +305,9 @@ class Watch:
         self.process.wait()
         for thread in self._threads:
             thread.join()
+        for pipe in (self.process.stdout, self.process.stderr):
+            assert pipe
+            pipe.close()
 
     @property
     def events(self) -> list[Message]:

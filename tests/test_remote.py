@@ -485,6 +485,28 @@ def test_guessing_is_slow(make_remote: MakeRemote) -> None:
     assert statuses[0] == 401
 
 
+def test_behind_a_proxy_each_of_its_clients_has_a_rate_of_its_own(make_remote: MakeRemote) -> None:
+    host = make_remote()
+    host.environment["FABRIK_BEHIND_PROXY"] = "1"
+    host.start()
+    one, other = ({"X-Forwarded-For": f"198.51.100.1, {client}"} for client in ("203.0.113.9", "203.0.113.10"))
+    with contextlib.closing(host.http_connection()) as connection:
+        status = 0
+        for number in range(100):
+            headers = {**one, "Authorization": f"Bearer guess-{number:016d}"}
+            connection.request("GET", "/v1/ping", headers=headers)
+            status = answer_of(connection).status
+            if status == 429:
+                break
+        connection.request("GET", "/v1/ping", headers={**other, **BEARER})
+        assert (status, answer_of(connection).status) == (429, 200)
+        most = fabrik_daemon.REMOTE_CONNECTIONS_EACH
+        with contextlib.ExitStack() as stack:
+            for _ in range(most + 5):
+                stack.enter_context(contextlib.closing(host.connect(PEER)))
+            wait_until(lambda: host.remote_status()["connections"] > most, SETTLE_S, "a proxy is many")
+
+
 # Starting ------------------------------------------------------------------------------------------------------------
 
 
