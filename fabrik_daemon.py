@@ -30,6 +30,7 @@ Core:
     Store                 what was seen -> what it changes
     Bus                   subscriptions, their queues, lag and snapshots
     History               a run's timeline, the runs of a moment, statistics
+    Schema: views         views for user SQL, and what tables and columns mean
     Schema                DDL, migrations, statements, row <-> values, the SQL authorizer
     Schema: lists         what reads a list, or the runs that a word may mean
     Metrics               every metric, declared once, through prometheus-client
@@ -97,11 +98,13 @@ Shell:
     Commands: reading     one function per command
     Commands: reading lists
     Commands: reading runs
+    Commands: reading runs over time
     Commands: reading SQL
     Commands: reading logs
     Commands: daemon and clusters
     Commands: daemon and clusters: doctor
     Commands: installing
+    Command line: reading    the commands that read: their arguments, examples and functions
     Command line: commands   every command, its arguments, examples and function
     Command line          parser, main
 """
@@ -3628,6 +3631,7 @@ class StoredChange(NamedTuple):
     type: str
     at: str
     row: str  # JSON
+    before: str | None  # what of it was other before, as JSON; None where there was no row, or nobody noted it
 
 
 def timeline_of(run: JsonObject, events: Iterable[JsonObject], now: float) -> list[JsonObject]:
@@ -3741,28 +3745,40 @@ def runs_at(
 
     `changes` and `events` are all that the cache holds, in their order; `reach` is since when it holds every change.
     """
-    last, following = {}, dict[str, StoredChange]()
+    last: dict[str, StoredChange] = {}
+    following: dict[str, StoredChange] = {}
     for change in changes:
         if change.at <= at:
             last[change.run_id] = change
         else:
             following.setdefault(change.run_id, change)
     is_reached = reach is not None and reach <= at
-    known = {run.run_id: run for run in runs}
     past = [(run_from_json(change.row), CHANGES) for change in last.values() if change.type != "run:removed"]
-    if is_reached:
-        past += [(run, CHANGES) for key, run in known.items() if key not in last and key not in following]
-    added = {key for key, change in following.items() if change.type == "run:added" and is_reached}
-    known.update({key: run_from_json(change.row) for key, change in following.items()})
-    rest = [run for key, run in known.items() if key not in last and key not in added]
-    rest = [run for run in rest if (run.created_at or "") <= at and not (is_reached and run.run_id not in following)]
+    rest = []
+    known = {run_id: run_from_json(change.row) for run_id, change in following.items()}
+    for run_id, row in {**known, **{run.run_id: run for run in runs}}.items():
+        change_after = following.get(run_id)
+        if run_id in last or (change_after and change_after.type == "run:added" and is_reached):
+            continue
+        if is_reached and change_after is None:
+            past.append((row, CHANGES))
+        elif is_reached and change_after and change_after.before is not None:
+            past.append((run_from_json(change_after.row, change_after.before), CHANGES))
+        elif (row.created_at or "") <= at:
+            rest.append(row)
     return past + [(run, RUN_EVENTS) for run in _statuses_at(at, rest, events)]
 
 
-def run_from_json(text: str) -> Run:
-    """Return the run of a row of `changes`, whatever version of this program wrote it."""
-    said = parse_json(text) or {}
-    return Run(**{**dict.fromkeys(Run._fields[:3], ""), **{key: said[key] for key in Run._fields if key in said}})
+def run_from_json(*texts: str) -> Run:
+    """Return the run of a row of `changes`, of whatever version of this program; later texts lead."""
+    said = {key: value for text in texts for key, value in (parse_json(text) or {}).items()}
+    return run_from_object(said)
+
+
+def run_from_object(said: JsonObject) -> Run:
+    """Return the run of a row that another process told; columns that are not known here are left out."""
+    known = {name: said[name] for name in Run._fields if name in said}
+    return Run(**{**dict.fromkeys(Run._fields[:3], ""), **known})
 
 
 def _statuses_at(at: str, runs: Iterable[Run], events: Iterable[StatusEvent]) -> Iterator[Run]:
@@ -3789,6 +3805,208 @@ def _statuses_at(at: str, runs: Iterable[Run], events: Iterable[StatusEvent]) ->
 
 def _progress_of(finished: object, total: object) -> str:
     return "" if finished is None or total is None else f" ({finished}/{total})"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schema: views
+# ----------------------------------------------------------------------------------------------------------------------
+
+SQL_VIEWS: Final = """
+CREATE VIEW v_active AS
+SELECT run_id, cluster, namespace, status, phase, current_task, progress_finished, progress_total,
+  round(100.0 * progress_finished / progress_total, 1) AS percent,
+  CAST(round((julianday('now') - julianday(created_at)) * 86400) AS INTEGER) AS age_seconds,
+  CAST(round((julianday('now') - julianday(heartbeat_at)) * 86400) AS INTEGER) AS heartbeat_seconds,
+  reason, spec_id, project
+FROM runs WHERE status IN ('pending', 'running', 'blocked') ORDER BY created_at DESC;
+CREATE VIEW v_blocked AS
+SELECT run_id, cluster, namespace, reason, phase, current_task, since,
+  CAST(round((julianday('now') - julianday(since)) * 86400) AS INTEGER) AS blocked_seconds, spec_id, project
+FROM (
+  SELECT runs.*, (
+    SELECT max(local_timestamp) FROM run_events WHERE run_events.run_id = runs.run_id AND event_type = 'blocked'
+  ) AS since FROM runs WHERE status = 'blocked'
+) ORDER BY since;
+CREATE VIEW v_failures AS
+SELECT run_id, cluster, namespace, reason, phase, current_task, task_attempt, spec_id, template, project, finished_at,
+  CAST(round((julianday(finished_at) - julianday(coalesce(started_at, created_at))) * 86400) AS INTEGER) AS seconds, (
+    SELECT json_extract(payload, '$.line') FROM run_events
+    WHERE run_events.run_id = runs.run_id AND event_type = 'log_line' ORDER BY id DESC LIMIT 1
+  ) AS last_line
+FROM runs WHERE status = 'failed' ORDER BY finished_at DESC;
+CREATE VIEW v_stale AS
+SELECT run_id, runs.cluster, namespace, phase, current_task, heartbeat_at,
+  CAST(round((julianday('now') - julianday(heartbeat_at)) * 86400) AS INTEGER) AS heartbeat_seconds, clusters.connected
+FROM runs LEFT JOIN clusters ON clusters.name = runs.cluster
+WHERE status = 'running' AND (julianday('now') - julianday(coalesce(heartbeat_at, started_at, created_at))) * 86400 > 60
+ORDER BY heartbeat_at;
+CREATE VIEW v_storage AS
+SELECT volumes.cluster, volumes.namespace, volumes.name, volumes.run_id, runs.status AS run_status, volumes.phase,
+  capacity_bytes, storage_class, volumes.created_at
+FROM volumes LEFT JOIN runs ON runs.run_id = volumes.run_id
+WHERE volumes.deleted_at IS NULL ORDER BY capacity_bytes DESC;
+CREATE VIEW v_durations AS
+SELECT runs.run_id, cluster, namespace, spec_id, template, project, status, finished_at,
+  CAST(round((julianday(started_at) - julianday(created_at)) * 86400) AS INTEGER) AS waited_seconds,
+  CAST(round((julianday(finished_at) - julianday(coalesce(started_at, created_at))) * 86400) AS INTEGER) AS seconds,
+  coalesce(blocked_seconds, 0) AS blocked_seconds
+FROM runs LEFT JOIN (
+  SELECT run_id, CAST(round(sum((julianday(until) - julianday(at)) * 86400)) AS INTEGER) AS blocked_seconds
+  FROM (
+    SELECT run_id, json_extract(payload, '$.to') AS status, local_timestamp AS at,
+      lead(local_timestamp) OVER (PARTITION BY run_id ORDER BY id) AS until
+    FROM run_events WHERE event_type = 'status_changed'
+  ) WHERE status = 'blocked' GROUP BY run_id
+) AS blocked ON blocked.run_id = runs.run_id
+WHERE status IN ('finished', 'failed', 'cancelled') ORDER BY finished_at DESC;
+"""
+
+# What each table and column means, for `query --schema`: a line each, columns indented under their table.
+MEANINGS: Final = """
+runs: one run a row, as it is known now
+  run_id: its key, the label id unless another run has that, then id@cluster/namespace
+  cluster: the cluster's name
+  namespace: its namespace
+  status: pending, running, blocked, finished, failed or cancelled; NULL where nobody knows
+  current_task: what it works on, as 16:impl
+  task_status: in-progress, finished or failed
+  progress_finished: tasks done
+  progress_total: tasks in all
+  spec_id: the spec it works on
+  template: the template it was made from
+  created_at: when it was made
+  updated_at: when the cluster last had news of it
+  last_sync_at: when this row was written
+  id: the id on its label
+  project: its project
+  phase: discover, implement, validate, review, human-gate or done
+  task_attempt: how often the task was begun
+  iteration: which round it is in
+  heartbeat_at: when it last reported
+  reason: why it is blocked, pending or failed
+  job_name: its Job
+  job_uid: the Job's uid
+  pod_name: its current Pod
+  schedule_id: the schedule that made it
+  started_at: when its Pod began
+  finished_at: when it ended
+  deleted_at: when its Job was gone
+run_events: what happened to runs, the oldest first
+  id: the number of the change that it tells
+  run_id: whose it is
+  event_type: status_changed, task_completed, blocked or log_line
+  payload: details, as JSON
+  cluster_timestamp: when it happened, by the cluster
+  local_timestamp: when it arrived here
+schedules: one CronJob a row
+  cluster: the cluster's name
+  namespace: its namespace
+  name: the CronJob's name
+  schedule_id: the id on its label
+  schedule: when it runs, as cron writes it
+  time_zone: where that holds
+  suspended: 1 where it pauses
+  active: Jobs that run
+  created_at: when it was made
+  last_run_at: its last run
+  last_success_at: its last run that finished
+  next_run_at: its next run
+  missed: runs that are overdue
+volumes: one PersistentVolumeClaim a row
+  cluster: the cluster's name
+  namespace: its namespace
+  name: the claim's name
+  run_id: whose workspace it is
+  phase: Pending, Bound or Lost
+  capacity_bytes: its size
+  storage_class: its storage class
+  created_at: when it was made
+  deleted_at: when it was gone
+cluster_events: one Warning of Kubernetes a row
+  cluster: the cluster's name
+  namespace: its namespace
+  name: the Event's name
+  uid: the Event's uid
+  run_id: the run it concerns
+  object_kind: what it is about: Pod, Job, ...
+  object_name: the name of that
+  reason: why, in one word
+  message: the same in a sentence
+  count: how often
+  first_at: when first
+  last_at: when last
+clusters: one cluster a row
+  name: its name
+  server: its API server
+  uid: the uid of its kube-system
+  priority: its place in lists, lower first
+  connected: 1 while the daemon follows it
+  last_event_at: when it last told anything
+  error: what is wrong with it
+watches: one resource of a namespace of a cluster a row
+  cluster: the cluster's name
+  resource: jobs, cronjobs, pods, persistentvolumeclaims or events
+  namespace: the namespace, empty for all
+  resource_version: how far it was followed
+  synced_at: when that was
+  state: listing, watching, forbidden, ...
+  error: what is wrong with it
+changes: every change told to subscribers, the last 100,000
+  seq: its number
+  type: run:added, schedule:updated, warning, cluster:connected, ...
+  cluster: the cluster's name
+  at: when it arrived here
+  row: the row then, as JSON
+  before: the columns that were other before, as JSON
+objects: what is known of single objects, for the daemon itself
+  cluster: the cluster's name
+  resource: its kind
+  namespace: its namespace
+  name: its name
+  uid: its uid
+  run: the run it belongs to
+  facts: what matters of it, as JSON
+alerts: alerts that were raised
+  fingerprint: what names the alert
+  alertname: its name
+  cluster: the cluster's name
+  run_id: the run it concerns
+  starts_at: since when
+  ends_at: until when
+meta: what the daemon notes for itself
+  key: a name
+  value: its value
+v_active: runs that wait, run or are blocked
+  percent: how far it is
+  age_seconds: since it was made
+  heartbeat_seconds: since it last reported
+v_blocked: runs at a gate, the longest waiting first
+  since: since when
+  blocked_seconds: for how long
+v_failures: failed runs, the last first
+  seconds: how long it ran
+  last_line: the last line of its log that was kept
+v_stale: running runs without a heartbeat for over 60 s
+  heartbeat_seconds: since it last reported
+  connected: 1 while the daemon follows its cluster, else that may be why
+v_storage: volumes that are there, the largest first
+  run_status: the status of the run it belongs to
+v_durations: runs that ended, the last first
+  waited_seconds: from made to started
+  seconds: from started to ended
+  blocked_seconds: of that at gates
+"""
+
+
+def meanings() -> dict[tuple[str, str], str]:
+    """Return what each table (its column is empty) and each column means."""
+    found: dict[tuple[str, str], str] = {}
+    table = ""
+    for line in MEANINGS.splitlines():
+        name, _, meaning = line.strip().partition(": ")
+        table = table if line.startswith(" ") else name
+        found[table, name if line.startswith(" ") else ""] = meaning
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3929,7 +4147,7 @@ _VERSION_2: Final = """
 ALTER TABLE changes ADD COLUMN before TEXT;
 INSERT OR REPLACE INTO meta (key, value) SELECT 'changes_after', CAST(coalesce(max(seq), 0) AS TEXT) FROM changes;
 """
-MIGRATIONS: Final = (_VERSION_1, _VERSION_2)  # the n-th brings a cache from schema version n to n + 1
+MIGRATIONS: Final = (_VERSION_1, _VERSION_2, SQL_VIEWS)  # the n-th brings a cache from schema version n to n + 1
 META: Final = "CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT)"
 _TABLE_OF: Final[dict[type[TableRow], str]] = {kind: table for table, kind in TABLES.items()}
 _KEY_COLUMNS: Final = {"runs": ("run_id",)}
@@ -7899,6 +8117,26 @@ def format_freshness(source: str, parts: Sequence[Freshness], now: float) -> str
     return f"from {source}: {'; '.join(told)}"
 
 
+def statistics_columns(column: str) -> tuple[Column, ...]:
+    """Return the columns of `runs stats`, by what the runs are counted."""
+    return (
+        Column(column.replace("_id", "").upper(), lambda row, now: row[column] or "-", least=10),
+        *(Column(name.upper(), field(name), right=True) for name in ("runs", "active", FINISHED, FAILED, CANCELLED)),
+        Column("SUCCESS", _success, right=True),
+        Column("MEDIAN", _took("median_seconds"), right=True),
+        Column("P95", _took("p95_seconds"), right=True),
+        Column("BLOCKED", _took("blocked_seconds"), right=True),
+    )
+
+
+def _success(row: JsonObject, _now: float) -> str:
+    return "" if row["success_rate"] is None else f"{100 * row['success_rate']:.0f} %"
+
+
+def _took(name: str) -> Callable[[JsonObject, float], str]:
+    return lambda row, now: "" if row[name] is None else format_age(row[name])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Views: a run
 # ----------------------------------------------------------------------------------------------------------------------
@@ -9179,6 +9417,31 @@ class CacheReader:
         except sqlite3.Error as error:
             raise CacheError(f"the cache cannot be read: {error}") from None
 
+    def runs(self) -> Iterator[Run]:
+        """Yield every run."""
+        return (Run(**row) for row in self.rows(f"SELECT {', '.join(Run._fields)} FROM runs"))  # noqa: S608 - ours
+
+    def status_events(self) -> Iterator[StatusEvent]:
+        """Yield every change of a status, in their order."""
+        for row in self.rows(
+            "SELECT run_id, payload, local_timestamp FROM run_events WHERE event_type = 'status_changed' ORDER BY id"
+        ):
+            said = parse_json(row["payload"]) or {}
+            before, status, reason = said.get("from"), said.get("to"), said.get("reason")
+            yield StatusEvent(row["run_id"], before, status, reason, row["local_timestamp"])
+
+    def run_changes(self) -> Iterator[StoredChange]:
+        """Yield every change of a run that is held, in their order."""
+        found = self.rows(
+            "SELECT json_extract(row, '$.run_id') AS run_id, type, at, row, before FROM changes"
+            " WHERE type LIKE 'run:%' ORDER BY seq"
+        )
+        return (StoredChange(**row) for row in found)
+
+    def changes_reach(self) -> str | None:
+        """Return since when every change is held, None where none is."""
+        return str(found) if (found := self.rows("SELECT min(at) AS at FROM changes")[0]["at"]) else None
+
     def run_details(self, run_id: str) -> JsonObject:
         """Return a run's events, volumes and warnings."""
         events = self.rows(
@@ -9566,8 +9829,8 @@ class QueryResult(NamedTuple):
     is_cut: bool  # there were more rows than are ever shown
 
 
-def run_query(reader: CacheReader, sql: str, seconds: float) -> QueryResult:
-    """Run user SQL within limits of time, memory and rows. Raises FabrikError.
+def run_query(reader: CacheReader, sql: str, seconds: float, values: Mapping[str, Any] | None = None) -> QueryResult:
+    """Run user SQL within limits of time, memory and rows; `values` are its `:name`s. Raises FabrikError.
 
     It runs in a thread that nothing but the process's end can stop: a slow LIKE heeds neither interrupt nor progress
     handler. So this may only be called in a process that ends afterwards.
@@ -9584,7 +9847,7 @@ def run_query(reader: CacheReader, sql: str, seconds: float) -> QueryResult:
 
     def work() -> None:
         try:
-            cursor = connection.execute(sql)
+            cursor = connection.execute(sql, values or {})
             rows = cursor.fetchmany(QUERY_ROWS + 1)
             names = [column[0] for column in cursor.description or ()]
             result.append(QueryResult(names, rows[:QUERY_ROWS], len(rows) > QUERY_ROWS))
@@ -9621,6 +9884,18 @@ def query_helper(cache: str, seconds: str, out: TextIO) -> int:
         answer = {"error": error_message(error, {})}
     out.write(json.dumps(answer))
     return 0
+
+
+def schema_columns() -> list[tuple[str, str, str]]:
+    """Return table or view, column and type of all that a cache holds, views last."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as connection:
+        for script in (META, *MIGRATIONS):
+            connection.executescript(script)
+        found = connection.execute(
+            "SELECT m.name, c.name, c.type FROM sqlite_master m, pragma_table_info(m.name) c"
+            " WHERE m.type IN ('table', 'view') AND m.name NOT LIKE 'sqlite%' ORDER BY m.type, m.rowid, c.cid"
+        )
+        return [(table, column, kind) for table, column, kind in found]
 
 
 def shown_value(value: Any) -> Any:
@@ -17654,8 +17929,8 @@ WARNINGS: Final = ListOf("warnings", ClusterEvent, WARNING_LIST_COLUMNS)
 
 
 def runs_list(context: Context, arguments: argparse.Namespace) -> int:
-    """List runs, the newest first."""
-    return _list(context, arguments, RUNS)
+    """List runs, the newest first; with `--at` those of an earlier time."""
+    return _list(context, arguments, RUNS) if arguments.at is None else _list_past(context, arguments)
 
 
 def schedules_list(context: Context, arguments: argparse.Namespace) -> int:
@@ -17699,6 +17974,31 @@ def _list(context: Context, arguments: argparse.Namespace, listing: ListOf) -> i
     table = partial(format_table, columns, shown, width=context.width, style=context.style)
     print_answer(context, arguments.output, found.rows, lambda now: table(now=now), listing.kind._fields)
     return found.exit_code
+
+
+def _list_past(context: Context, arguments: argparse.Namespace) -> int:
+    """List runs as they were known at an earlier time."""
+    now = time.time()
+    moment = parse_time_argument("--at", arguments.at, now)
+    if moment > now:
+        raise UsageError("--at: that is still to come", "name an earlier time")
+    request = list_request(arguments, Run, moment)
+    wanted = parse_filter(request, LIST_FILTERS[Run])
+    reader = CacheReader(context.settings.cache)
+    check_synced(reader.freshness(), sorted(wanted.clusters))
+    at, reach = format_time(moment, milliseconds=True), reader.changes_reach()
+    known = runs_at(at, reader.runs(), reader.run_changes(), reader.status_events(), reach)
+    sources = {run.run_id: source for run, source in known}
+    matching = [run for run, _ in known if wanted.matches(run)]
+    runs = select_rows(matching, Run, parse_selection(request, Run))
+    rows = [{**run._asdict(), "known_from": sources[run[0]]} for run in runs]
+    partly = any(row["known_from"] == RUN_EVENTS for row in rows)
+    told = f"; of some only status and reason: changes are held from {reach or 'now'} on" if partly else ""
+    context.warn(f"from the cache: as known at {at}{told}")
+    columns = (*RUN_COLUMNS, Column("KNOWN FROM", field("known_from"))) if partly else RUN_COLUMNS
+    table = partial(format_table, columns, rows, moment, context.width, context.style)
+    print_answer(context, arguments.output, rows, lambda _now: table(), (*Run._fields, "known_from"))
+    return 0
 
 
 def list_request(arguments: argparse.Namespace, kind: type[TableRow], now: float) -> JsonObject:
@@ -17778,21 +18078,190 @@ def runs_show(context: Context, arguments: argparse.Namespace) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Commands: reading runs over time
+# ----------------------------------------------------------------------------------------------------------------------
+
+STATISTICS_BY: Final = {
+    "spec": "spec_id",
+    "template": "template",
+    "project": "project",
+    "cluster": "cluster",
+    "namespace": "namespace",
+    "schedule": "schedule_id",
+}
+GOALS: Final = (FINISHED, FAILED, BLOCKED, "terminal")
+
+
+def runs_stats(context: Context, arguments: argparse.Namespace) -> int:
+    """Show how runs went: counts, success rate, durations and time blocked."""
+    now = time.time()
+    request = list_request(arguments, Run, now)
+    wanted = parse_filter(request, LIST_FILTERS[Run])
+    reader = CacheReader(context.settings.cache)
+    parts = check_synced(reader.freshness(), sorted(wanted.clusters))
+    tell_source(context, "the cache", parts, arguments.max_age)
+    selection = parse_selection(request, Run)._replace(limit=0, sort_by="", reverse=False)
+    runs = [Run(**row) for row in reader.rows(*list_statement(Run, wanted, selection))]
+    column = STATISTICS_BY[arguments.by]
+    rows = run_statistics(runs, blocked_seconds(reader.status_events(), now), column)
+    print_rows(context, arguments.output, statistics_columns(column), rows)
+    return 0
+
+
+def runs_wait(context: Context, arguments: argparse.Namespace) -> int:
+    """Wait until runs have come to a status; end with 1 where one of them ended otherwise."""
+    waiting = {run.run_id: run for run in _runs_to_wait_for(context, arguments)}
+    codes = {_settle(context, run, arguments.goal) for run in list(waiting.values())}
+    undecided = [run_id for run_id, run in waiting.items() if _has_come(run, arguments.goal) is None]
+    if arguments.timeout is not None and undecided:
+        signal.signal(signal.SIGALRM, _time_out)
+        signal.setitimer(signal.ITIMER_REAL, max(arguments.timeout, LOCK_POLL_S))
+    try:
+        for run in _news_of(context, undecided):
+            if run.run_id in undecided and _has_come(run, arguments.goal) is not None:
+                undecided.remove(run.run_id)
+                codes.add(_settle(context, run, arguments.goal))
+            if not undecided:
+                break
+    finally:
+        if arguments.timeout is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    return max(code for code in codes if code is not None)
+
+
+def _time_out(_number: int, _frame: object) -> NoReturn:
+    raise TimedOutError("timed out", "the runs that were waited for go on")
+
+
+def _runs_to_wait_for(context: Context, arguments: argparse.Namespace) -> list[Run]:
+    """Return the runs that are named, or else match. Raises NotFoundError where there is none."""
+    names = [*arguments.run, *arguments.id]
+    request = {"clusters": arguments.cluster}
+    wanted = {key: getattr(arguments, key) for key in LIST_FILTERS[Run] if getattr(arguments, key, None)}
+    if not names and not wanted and not arguments.cluster:
+        raise UsageError("which run?", "name one, or say --spec or --status")
+    found = find_rows(context, RUNS, {**request, "filter": wanted} if wanted else request)
+    tell_source(context, found.source, found.parts)
+    runs = [run_from_object(row) for row in found.rows]
+    if not runs and not names:
+        raise NotFoundError("no run matches", "see 'fabrik-daemon runs list'")
+    return [pick_run(runs, name) for name in names] or runs
+
+
+def _has_come(run: Run, goal: str) -> bool | None:
+    """Return whether a run came to what is waited for, None while it still may."""
+    is_over = run.status in TERMINAL or run.status is None or run.deleted_at is not None
+    if run.status == goal or (goal == "terminal" and is_over):
+        return True
+    return False if is_over else None
+
+
+def _settle(context: Context, run: Run, goal: str) -> int | None:
+    """Tell of a run whose outcome is known; return its part of the exit code."""
+    outcome = _has_come(run, goal)
+    if outcome is None:
+        return None
+    reason = f" ({run.reason})" if run.reason else ""
+    context.out.write(safe_text(f"{run.run_id} {run.status or UNKNOWN}{reason}") + "\n")
+    context.out.flush()
+    return 0 if outcome else FabrikError.exit_code
+
+
+def _news_of(context: Context, run_ids: Sequence[str]) -> Iterator[Run]:
+    """Yield runs as they are and as they change; outlasts a daemon that is restarted."""
+    told = False
+    while run_ids:
+        client = connect(context.settings, context.warn)
+        if client is None and not told:
+            raise NotRunningError("the daemon is not running, and it alone sees changes", "run 'fabrik-daemon start'")
+        try:
+            if client is not None:
+                client.wait_forever()
+                wanted = {"run_id": list(run_ids), "type": ["run:*"]}
+                for message in client.follow("subscribe", clusters=["*"], filter=wanted, snapshot=True):
+                    rows = message.get("runs", ()) if message["type"] == "snapshot" else [message.get("row")]
+                    yield from (_run_told(message, row) for row in rows if row)
+        except NotRunningError as error:
+            context.warn(f"{error}; waiting for it")
+        told = True
+        time.sleep(RECONNECT_S)
+
+
+def _run_told(message: JsonObject, row: JsonObject) -> Run:
+    run = run_from_object(row)
+    is_gone = message["type"] == "run:removed" and run.deleted_at is None
+    return run._replace(deleted_at=message.get("localTimestamp")) if is_gone else run
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Commands: reading SQL
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def query(context: Context, arguments: argparse.Namespace) -> int:
     """Answer a user's SQL from the cache, within limits of time, memory and rows."""
+    if arguments.schema:
+        return _query_schema(context, arguments)
+    sql, values = _sql_from(arguments.sql), dict(arguments.param)
+    for name in values:
+        if not re.search(rf"[:@$]{re.escape(name)}\b", sql):
+            raise UsageError(f"--param {name}: no :{name} in the statement", "write it where its value belongs")
     reader = CacheReader(context.settings.cache)
     parts = check_synced(reader.freshness(), [])
-    result = run_query(reader, arguments.sql, context.settings.timing.query)
-    tell_source(context, "the cache", parts, arguments.max_age)
+    check_age(parts, arguments.max_age, time.time())
+    result = run_query(reader, sql, context.settings.timing.query, values)
+    tell_source(context, "the cache", parts)
     if result.is_cut:
         context.warn(f"only the first {QUERY_ROWS} rows are shown; add LIMIT or a condition")
-    names = result.columns
+    names = _different(result.columns)
     answer = [dict(zip(names, map(shown_value, row))) for row in result.rows]
     print_rows(context, arguments.output, columns_for(names), answer, names)
+    failed = arguments.fail_if == ("rows" if answer else "empty")
+    return MATCHED_EXIT_CODE if failed else 0
+
+
+MATCHED_EXIT_CODE: Final = 8  # of `query --fail-if`
+
+
+def _sql_from(said: str | None) -> str:
+    """Return the statement: as it stands, of a file (`@file.sql`), or of stdin (`-`). Raises UsageError."""
+    if said is None:
+        raise UsageError("SQL: a statement is missing", 'write for example "SELECT * FROM v_blocked", or see --schema')
+    if said == "-":
+        return sys.stdin.read()
+    if not said.startswith("@"):
+        return said
+    text = read_text(said[1:])
+    if text is None:
+        raise UsageError(f"{said[1:]}: no such file", "after @ comes the path of a file with a statement")
+    return text
+
+
+def _different(names: Sequence[str]) -> list[str]:
+    """Return the columns' names, numbered where they are the same, so that none hides another."""
+    found: list[str] = []
+    for name in names:
+        same = sum(1 for other in names[: len(found)] if other == name)
+        found.append(f"{name}_{same + 1}" if same else name)
+    return found
+
+
+def _query_schema(context: Context, arguments: argparse.Namespace) -> int:
+    """Show the tables and columns that SQL can ask, and what they mean."""
+    told = meanings()
+    rows: list[JsonObject] = []
+    for table, column, kind in schema_columns():
+        if column and not any(row["table"] == table for row in rows):
+            rows.append({"table": table, "column": None, "type": None, "meaning": told.get((table, ""))})
+        meaning = told.get((table, column)) or told.get(("runs", column)) or told.get(("volumes", column))
+        rows.append({"table": table, "column": column, "type": kind, "meaning": meaning})
+    columns = (
+        Column("TABLE", lambda row, now: "" if row["column"] else row["table"]),
+        Column("COLUMN", field("column")),
+        Column("TYPE", field("type"), rank=1),
+        Column("MEANING", field("meaning"), least=20),
+    )
+    print_rows(context, arguments.output, columns, rows)
     return 0
 
 
@@ -18415,7 +18884,7 @@ def manifests(context: Context, arguments: argparse.Namespace) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Command line: commands
+# Command line: reading
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -18429,7 +18898,8 @@ class Command(NamedTuple):
     run: Callable[[Context, argparse.Namespace], int]
 
 
-def _output_argument(parser: argparse.ArgumentParser) -> None:
+def output_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the choice of a format."""
     parser.add_argument("-o", "--output", choices=FORMATS, default="table", help="format (default: table)")
     parser.add_argument("--no-headers", action="store_true", help="without titles (table, wide, csv, tsv)")
 
@@ -18472,14 +18942,36 @@ def _list_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--sort-by", metavar="COLUMN", help="rising by a column, as -o json names them")
     parser.add_argument("--reverse", action="store_true", help="the other way round")
-    parser.add_argument("--limit", type=_count, metavar="N", help="at most the first N rows")
+    parser.add_argument("--limit", type=count_argument, metavar="N", help="at most the first N rows")
     _freshness_arguments(parser)
-    _output_argument(parser)
+    output_argument(parser)
 
 
 def _runs_list_arguments(parser: argparse.ArgumentParser) -> None:
     _selection_arguments(parser)
+    parser.add_argument("--at", metavar="TIME", help="as they were known then: 2h (ago), 2026-02-16T20:00Z")
     _list_arguments(parser)
+
+
+def _runs_stats_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--by", choices=tuple(STATISTICS_BY), default="spec", help="counted by this (default: spec)")
+    _selection_arguments(parser)
+    parser.add_argument("--since", metavar="TIME", help="only runs that are not older: 24h, 7d, 2026-02-16")
+    parser.set_defaults(sort_by=None, reverse=False, limit=None)
+    _freshness_arguments(parser)
+    output_argument(parser)
+
+
+def _runs_wait_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "run", nargs="*", metavar="RUN", help="a run_id, its beginning, @latest, or @running and the like"
+    )
+    parser.add_argument("--id", action="append", default=[], metavar="RUN", help="the same (repeatable)")
+    parser.add_argument(
+        "--for", dest="goal", choices=GOALS, default="terminal", help="what to wait for (default: terminal, any end)"
+    )
+    parser.add_argument("--timeout", type=_seconds_argument, metavar="TIME", help="end with 7 after so long (30m)")
+    _selection_arguments(parser)
 
 
 def _schedules_list_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18506,7 +18998,7 @@ def _warnings_list_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _clusters_list_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reverse", action="store_true", help="the other way round")
-    _output_argument(parser)
+    output_argument(parser)
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18520,7 +19012,7 @@ def _runs_show_arguments(parser: argparse.ArgumentParser) -> None:
     _run_arguments(parser)
     parser.add_argument("--events", action="store_true", help="with every event of its history")
     _freshness_arguments(parser)
-    _output_argument(parser)
+    output_argument(parser)
 
 
 def _runs_logs_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18533,7 +19025,7 @@ def _runs_logs_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-p", "--previous", action="store_true", help="of the container before the present one")
     parser.add_argument("-c", "--container", metavar="NAME", help="another container than the main one")
     parser.add_argument("--since", type=_seconds_argument, metavar="AGE", help="only lines of so long, as 10m")
-    parser.add_argument("--tail", type=_count, metavar="N", help="only the last N lines")
+    parser.add_argument("--tail", type=count_argument, metavar="N", help="only the last N lines")
     parser.add_argument("--timestamps", action="store_true", help="begin each line with its time")
 
 
@@ -18542,11 +19034,139 @@ def _seconds_argument(text: str) -> float:
 
 
 def _query_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sql", nargs="?", metavar="SQL", help="one SELECT; @FILE takes it from a file, - from stdin")
+    parser.add_argument("--schema", action="store_true", help="show tables, views and columns, and what they mean")
     parser.add_argument(
-        "sql", metavar="SQL", help="one SELECT on runs, run_events, schedules, volumes, cluster_events, ..."
+        "--param", action="append", default=[], type=_parameter, metavar="NAME=VALUE", help="the value of :NAME"
+    )
+    parser.add_argument(
+        "--fail-if", choices=("rows", "empty"), help="end with 8 where there are rows, or none (for cron)"
     )
     _freshness_arguments(parser)
-    _output_argument(parser)
+    output_argument(parser)
+
+
+def _parameter(text: str) -> tuple[str, str | int | float]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    number = parse_number(value)
+    if number is None:
+        return name, value
+    return name, int(value) if "." not in value and abs(number) <= INT_MAX else number
+
+
+def _runs_watch_arguments(parser: argparse.ArgumentParser) -> None:
+    _selection_arguments(parser)
+    parser.add_argument("--history", type=count_argument, metavar="N", help="begin with the last N changes")
+    output_argument(parser)
+
+
+def count_argument(text: str) -> int:
+    """Return the number that an argument is, 1 or more. Raises ValueError."""
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(text)
+    return min(int(text), INT_MAX)
+
+
+READING: Final = (
+    Command(
+        "runs list",
+        "list runs",
+        (
+            "runs list",
+            "runs list --cluster prod --status blocked --status failed --since 24h",
+            "runs list --sort-by finished_at --reverse --limit 50 -o jsonl",
+            "runs list --at 2h",
+        ),
+        _runs_list_arguments,
+        runs_list,
+    ),
+    Command(
+        "runs watch",
+        "show changes of runs as they come",
+        ("runs watch", "runs watch --status blocked --history 10 -o json"),
+        _runs_watch_arguments,
+        runs_watch,
+    ),
+    Command(
+        "runs show",
+        "show one run whole",
+        ("runs show --id 01jk7v8x9m3qn5r2t4w6y8z0ab", "runs show @latest", "runs show @blocked --events -o yaml"),
+        _runs_show_arguments,
+        runs_show,
+    ),
+    Command(
+        "runs stats",
+        "show how runs went: counts, success, durations, time blocked",
+        ("runs stats", "runs stats --by cluster --since 7d -o json"),
+        _runs_stats_arguments,
+        runs_stats,
+    ),
+    Command(
+        "runs wait",
+        "wait until runs have come to a status (0 it came, 1 it ended otherwise, 7 timed out)",
+        ("runs wait @latest --for finished --timeout 30m", "runs wait --spec feature-7"),
+        _runs_wait_arguments,
+        runs_wait,
+    ),
+    Command(
+        "runs logs",
+        "show what runs print",
+        (
+            "runs logs 01jk7v8x9m3qn5r2t4w6y8z0ab --tail 100",
+            "runs logs --status running --follow",
+            "runs logs --id 01jk7v8x9m3qn5r2t4w6y8z0ab --previous --timestamps",
+        ),
+        _runs_logs_arguments,
+        runs_logs,
+    ),
+    Command(
+        "schedules list",
+        "list schedules",
+        ("schedules list", "schedules list --cluster prod --sort-by next_run_at"),
+        _schedules_list_arguments,
+        schedules_list,
+    ),
+    Command(
+        "volumes list",
+        "list volumes",
+        ("volumes list", "volumes list --sort-by capacity_bytes --reverse --limit 10"),
+        _volumes_list_arguments,
+        volumes_list,
+    ),
+    Command(
+        "warnings list",
+        "list warnings",
+        ("warnings list --since 24h", "warnings list --run 01jk7v8x9m3qn5r2t4w6y8z0ab -o jsonl"),
+        _warnings_list_arguments,
+        warnings_list,
+    ),
+    Command(
+        "clusters list",
+        "list the clusters",
+        ("clusters list", "clusters list -o json"),
+        _clusters_list_arguments,
+        clusters_list,
+    ),
+    Command(
+        "query",
+        "answer SQL from the cache",
+        (
+            "query \"SELECT run_id, status FROM runs WHERE status = 'blocked'\"",
+            "query --schema",
+            'query "SELECT * FROM v_failures WHERE cluster = :c" --param c=prod -o csv',
+            'query "SELECT * FROM v_blocked WHERE blocked_seconds > 3600" --fail-if rows',
+        ),
+        _query_arguments,
+        query,
+    ),
+)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line: commands
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _start_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18570,15 +19190,11 @@ def _start_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _logs_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-n", "--lines", type=_count, default=100, metavar="N", help="the last N lines (default: 100)")
+    parser.add_argument(
+        "-n", "--lines", type=count_argument, default=100, metavar="N", help="the last N lines (default: 100)"
+    )
     parser.add_argument("--level", choices=LOG_LEVELS, default="debug", help="this level and above (default: debug)")
     parser.add_argument("--follow", "-f", action="store_true", help="go on with the lines to come")
-
-
-def _runs_watch_arguments(parser: argparse.ArgumentParser) -> None:
-    _selection_arguments(parser)
-    parser.add_argument("--history", type=_count, metavar="N", help="begin with the last N changes")
-    _output_argument(parser)
 
 
 def _clusters_add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18596,14 +19212,14 @@ def _clusters_add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _clusters_test_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="*", metavar="NAME", help="the clusters to test (default: all)")
-    _output_argument(parser)
+    output_argument(parser)
 
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rbac", action="store_true", help="ask each cluster for every right, by SelfSubjectAccessReviews"
     )
-    _output_argument(parser)
+    output_argument(parser)
 
 
 def _clusters_remove_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18677,12 +19293,6 @@ def _no_arguments(parser: argparse.ArgumentParser) -> None:
     del parser
 
 
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise ValueError(text)
-    return min(int(text), INT_MAX)
-
-
 _ADD: Final = (
     "clusters add --name prod --kubeconfig ~/.kube/prod",
     "clusters add --name dev --kubeconfig ~/.kube/config --context k3d-dev --namespace fabrik-runs --priority 1",
@@ -18692,9 +19302,7 @@ COMMANDS: Final = (
     Command("stop", "end the daemon", ("stop",), _no_arguments, stop),
     Command("restart", "end the daemon and start it again", ("restart",), _start_arguments, restart),
     Command("reload", "have the daemon read clusters.yaml and kubeconfigs again", ("reload",), _no_arguments, reload),
-    Command(
-        "status", "say how the daemon and its clusters are", ("status", "status -o json"), _output_argument, status
-    ),
+    Command("status", "say how the daemon and its clusters are", ("status", "status -o json"), output_argument, status),
     Command(
         "logs",
         "show the daemon's log",
@@ -18717,66 +19325,7 @@ COMMANDS: Final = (
         demo,
     ),
     Command("sync", "list every cluster once and end (for cron)", ("sync",), _no_arguments, sync),
-    Command(
-        "runs list",
-        "list runs",
-        ("runs list", "runs list --cluster prod --status blocked", "runs list --limit 50 -o json"),
-        _runs_list_arguments,
-        runs_list,
-    ),
-    Command(
-        "runs watch",
-        "show changes of runs as they come",
-        ("runs watch", "runs watch --status blocked --history 10 -o json"),
-        _runs_watch_arguments,
-        runs_watch,
-    ),
-    Command(
-        "runs show",
-        "show one run whole",
-        ("runs show --id 01jk7v8x9m3qn5r2t4w6y8z0ab",),
-        _runs_show_arguments,
-        runs_show,
-    ),
-    Command(
-        "runs logs",
-        "show what runs print",
-        (
-            "runs logs 01jk7v8x9m3qn5r2t4w6y8z0ab --tail 100",
-            "runs logs --status running --follow",
-            "runs logs --id 01jk7v8x9m3qn5r2t4w6y8z0ab --previous --timestamps",
-        ),
-        _runs_logs_arguments,
-        runs_logs,
-    ),
-    Command(
-        "schedules list",
-        "list schedules",
-        ("schedules list", "schedules list --cluster prod --sort-by next_run_at"),
-        _schedules_list_arguments,
-        schedules_list,
-    ),
-    Command(
-        "volumes list",
-        "list volumes",
-        ("volumes list", "volumes list --sort-by capacity_bytes --reverse --limit 10"),
-        _volumes_list_arguments,
-        volumes_list,
-    ),
-    Command(
-        "warnings list",
-        "list warnings",
-        ("warnings list --since 24h", "warnings list --run 01jk7v8x9m3qn5r2t4w6y8z0ab -o jsonl"),
-        _warnings_list_arguments,
-        warnings_list,
-    ),
-    Command(
-        "clusters list",
-        "list the clusters",
-        ("clusters list", "clusters list -o json"),
-        _clusters_list_arguments,
-        clusters_list,
-    ),
+    *READING,
     Command("clusters add", "add a cluster to clusters.yaml", _ADD, _clusters_add_arguments, clusters_add),
     Command(
         "add-cluster",
@@ -18789,7 +19338,7 @@ COMMANDS: Final = (
         "clusters discover",
         "show which contexts of kubeconfigs are fabrik's",
         ("clusters discover",),
-        _output_argument,
+        output_argument,
         clusters_discover,
     ),
     Command(
@@ -18812,13 +19361,6 @@ COMMANDS: Final = (
         ("clusters remove prod",),
         _clusters_remove_arguments,
         clusters_remove,
-    ),
-    Command(
-        "query",
-        "answer SQL from the cache",
-        ("query \"SELECT run_id, status FROM runs WHERE status = 'blocked'\"",),
-        _query_arguments,
-        query,
     ),
     Command(
         "install-service",
