@@ -16921,11 +16921,15 @@ def run_dashboard(places: Places, options: DashboardOptions) -> int:
 
 
 class Manifest(NamedTuple):
-    """One kind of what `manifests` prints: its template, what it is, and the names in it with their defaults."""
+    """One kind of what `manifests` prints: its template, what it is, and the names in it with their defaults.
+
+    A name may stand in the template's own name, to choose between some; `included` is one that goes into the other.
+    """
 
     template: str
     summary: str
     defaults: Mapping[str, str]
+    included: str = ""
 
 
 MANIFESTS: Final = {
@@ -16934,6 +16938,39 @@ MANIFESTS: Final = {
         "the daemon in a cluster, in remote mode",
         {"namespace": "fabrik-system", "image": f"ghcr.io/dtechvision/fabrik-daemon:{__version__}"},
     ),
+    "prometheus": Manifest(
+        "prometheus-$form.yaml",
+        "how Prometheus finds the daemon",
+        {
+            "form": "service",
+            "address": "192.0.2.10",  # RFC 5737: nobody's
+            "port": "9464",
+            "namespace": "monitoring",
+            "daemon_namespace": "fabrik-system",
+            "release": "prometheus",
+            "interval": "15s",
+        },
+    ),
+    "prometheus-rules": Manifest(
+        "prometheus-rules-$form.yaml",
+        "the alerts as rules over the metrics",
+        {"form": "operator", "namespace": "monitoring", "release": "prometheus"},
+        included="prometheus-rules-file.yaml",
+    ),
+    "alertmanager": Manifest(
+        "alertmanager.yaml",
+        "routes and receivers for the alerts",
+        {
+            "pagerduty_key": "REPLACE-WITH-THE-ROUTING-KEY",
+            "pagerduty_url": "https://events.pagerduty.com/v2/enqueue",
+            "zulip_url": "https://zulip.example.com/api/v1/external/alertmanager?api_key=REPLACE&stream=fabrik",
+        },
+    ),
+    "grafana": Manifest("grafana.json", "a dashboard", {}),
+}
+_FORMS: Final = {  # which values a name that chooses a template may have
+    "prometheus": ("service", "scrapeconfig", "cluster", "file"),
+    "prometheus-rules": ("operator", "file"),
 }
 
 
@@ -16952,7 +16989,13 @@ def format_manifest(kind: str, chosen: Mapping[str, str]) -> str:
             raise UsageError(f"manifest {kind} has no {name!r} to set", nearest(name, manifest.defaults))
         if not value.isprintable():
             raise UsageError(f"--set {name}: {value!r} is not one line of text")
-    return fill_template(manifest.template, {**manifest.defaults, **chosen})
+    values = {**manifest.defaults, **chosen}
+    if "form" in values and values["form"] not in _FORMS[kind]:
+        raise UsageError(f"manifest {kind} has no form {values['form']!r}", nearest(values["form"], _FORMS[kind]))
+    if manifest.included:
+        lines = fill_template(manifest.included, values).splitlines()
+        values["included"] = "\n".join(f"  {line}" for line in lines if not line.startswith("#"))
+    return fill_template(string.Template(manifest.template).substitute(values), values)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
