@@ -7384,6 +7384,8 @@ class LogSpool(Shipper):
                 self._batch.append(line)
                 size += line.size
         self._since = now
+        if not self._batch:
+            return None
         lines, metadata = tuple(self._batch), self._takes_metadata
         headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
         return Shipment("POST", "/loki/api/v1/push", headers, lambda: format_push(lines, metadata=metadata))
@@ -7551,24 +7553,24 @@ class _Alert:
 class AlertBook(Shipper):
     """The alerts of some clusters for one Alertmanager: what fires, and when each is to be told again."""
 
-    def __init__(self, timing: Timing, jitter: Jitter, clusters: frozenset[str]) -> None:
+    def __init__(self, timing: Timing, jitter: Jitter, epoch: float) -> None:
         super().__init__(timing, jitter)
-        self.clusters = clusters
+        self.clusters: frozenset[str] = frozenset()
         self._causes: dict[Labels, Cause] = {}
         self._labels: dict[tuple[str, ...], list[Labels]] = {}  # of each row
         self._alerts: dict[Labels, _Alert] = {}
         self._batch: list[_Alert] = []  # on its way
-        self._epoch = 0.0  # at the monotonic clock's beginning
+        self._epoch = epoch  # at the monotonic clock's beginning, as of late
 
     def load_rows(self, rows: Iterable[AlertRow]) -> None:
-        """Take over what the cache holds: an alert that goes on keeps its beginning."""
+        """Take over what the cache holds of its clusters: an alert that goes on keeps its beginning."""
         for row in rows:
             said = parse_json(row.fingerprint) or {}
             if said.get("cluster") in self.clusters and row.alertname in SEVERITIES:
                 labels = tuple((str(name), str(value)) for name, value in said.items())
                 alert = self._alerts[labels] = _Alert(labels, row.starts_at)
                 alert.ends_at = epoch_of(row.ends_at)
-                alert.annotations = {"summary": f"{row.alertname} is over"}
+                alert.annotations = {"summary": f"{row.alertname} is over"}  # unless its row says more
 
     def observe(self, row: Run | Schedule, causes: Iterable[Cause]) -> None:
         """Take in what a row is worth an alert for now, nothing where it is gone."""
@@ -7628,6 +7630,10 @@ class AlertBook(Shipper):
     def load(self, now: float) -> Shipment | None:
         """Return the alerts that are due; one whose company was refused goes alone, so that it bars no other."""
         due = [alert for alert in self._alerts.values() if alert.send_at <= now]
+        for alert in due:
+            if alert.ends_at is None and alert.labels not in self._causes:  # of before: its cluster is still to tell
+                alert.send_at = now + self.timing.alert_resend
+        due = [alert for alert in due if alert.send_at <= now]
         alone = [alert for alert in due if alert.alone]
         self._batch = alone[:1] or due[:ALERTS_AT_ONCE]
         told = [self._told(alert, now) for alert in self._batch]
@@ -12699,7 +12705,8 @@ class Telemetry:
             about = {"version": __version__, "pid": str(os.getpid())}
             shipper = LogSpool(self._timing, random.random, labels, about)
         elif target.kind == "alertmanager":
-            shipper = AlertBook(self._timing, random.random, target.clusters)
+            shipper = AlertBook(self._timing, random.random, time.time() - self._parts.reactor.now())
+            shipper.clusters = target.clusters
             shipper.load_rows(self._alert_rows.values())
         else:
             cluster = "" if target.is_overall else min(target.clusters)
