@@ -398,6 +398,7 @@ LAST_WORDS_CHARS: Final = 20_000
 CERTIFICATE_WARN_S: Final = 7 * 86400.0  # before it ends; k3s renews its own at a restart 90 days before
 CLOCK_SKEW_S: Final = 30.0  # what doctor complains of: a stale heartbeat is one of 60 s
 DISK_FREE_BYTES: Final = 100 * 2**20
+FIRST_ROWS: Final = 300  # what the dashboard shows before it knows the rest: more than the tallest terminal
 LOG_TAIL_LINES: Final = 1000  # of a log that is opened in the dashboard
 LOG_LINES_SHOWN: Final = 5000  # in the dashboard; `runs logs` shows all
 NOTICE_S: Final = 4.0  # for a person to read a line
@@ -14912,11 +14913,13 @@ class Board:
         """How old each cluster's rows are."""
         return {state.name: state.freshness for state in self.tables["clusters"].values()}
 
-    def replace(self, tables: Mapping[str, Iterable[Any]]) -> None:
-        """Take whole tables; the others stay."""
+    def replace(self, tables: Mapping[str, Iterable[Any]], counts: Mapping[tuple[str, str], int] | None = None) -> None:
+        """Take whole tables; the others stay. `counts` says how many runs there are where these are not all."""
         for name, rows in tables.items():
             self.tables[name] = {key_of(row): row for row in rows}
-        if "runs" in tables:
+        if counts is not None:
+            self.counts = dict(counts)
+        elif "runs" in tables:
             self.counts = {}
             for row in self.tables["runs"].values():
                 self._count(row, 1)
@@ -15553,6 +15556,7 @@ class RowsTold(NamedTuple):
     """The rows of some tables, whole."""
 
     tables: Mapping[str, Sequence[Any]]
+    counts: Mapping[tuple[str, str], int] | None = None  # where these are not all runs: how many there are
 
 
 class ChangeTold(NamedTuple):
@@ -15711,7 +15715,7 @@ class Desk:
     def _take_rows(self, message: RowsTold) -> None:
         gates = self._gates()
         fresh = {name: part.connected for name, part in self.board.freshness.items()}
-        self.board.replace(message.tables)
+        self.board.replace(message.tables, message.counts)
         self.refill(*message.tables)
         if fresh != {name: part.connected for name, part in self.board.freshness.items()}:
             self.listed.measure_again()  # a cluster's age stands beside its name, or does no more
@@ -16060,6 +16064,7 @@ def _title_bar(desk: Desk, width: int) -> list[Chip]:
     ]
     if isinstance(page, ListPage):
         shown, known = len(page.listing), len(desk.board.tables[page.view.table])
+        known = desk.board.count() if page.view.table == "runs" else known
         chips.append(Chip(((f" {shown}" if shown == known else f" {shown} of {known}", "dim"),)))
     else:
         chips.append(Chip(((f" > {page.name} {page.title}", "title"),)))
@@ -16539,14 +16544,19 @@ def row_from(table: str, said: JsonObject) -> TableRow:
     return kind(**{name: value for name, value in said.items() if name in kind._fields})
 
 
-def cached_rows(reader: CacheReader) -> RowsTold:
-    """Return all rows of the cache, the clusters' states among them. Raises CacheError."""
+def cached_rows(reader: CacheReader, first: int = -1) -> RowsTold:
+    """Return the rows of the cache, or so many runs, the newest first; all clusters. Raises CacheError."""
     tables: dict[str, list[Any]] = {}
+    counts = None
     try:
         for table, kind in TABLES.items():
             gone = " WHERE deleted_at IS NULL" if table == "volumes" else ""
-            found = reader.connection.execute(f"SELECT {', '.join(kind._fields)} FROM {table}{gone}")  # noqa: S608
+            order = f" ORDER BY created_at DESC, run_id DESC LIMIT {first}" if table == "runs" and first > 0 else ""
+            found = reader.connection.execute(f"SELECT {', '.join(kind._fields)} FROM {table}{gone}{order}")  # noqa: S608
             tables[table] = [kind(*values) for values in found]
+        if first > 0:
+            grouped = reader.connection.execute("SELECT cluster, status, count(*) FROM runs GROUP BY cluster, status")
+            counts = {(cluster, status or UNKNOWN): count for cluster, status, count in grouped}
     except sqlite3.Error as error:
         raise CacheError(f"the cache cannot be read: {error}") from None
     watches: dict[str, list[JsonObject]] = {}
@@ -16563,7 +16573,7 @@ def cached_rows(reader: CacheReader) -> RowsTold:
         )
         for row in reader.rows(columns)
     ]
-    return RowsTold(tables)
+    return RowsTold(tables, counts)
 
 
 def _cluster_from_status(said: JsonObject) -> ClusterView:
@@ -16600,6 +16610,11 @@ class DashboardOptions(NamedTuple):
     has_bell: bool = False
     title: Callable[[], str] = lambda: "fabrik"
     is_over: Callable[[], bool] = lambda: False  # then it ends, unless somebody has pressed a key
+
+
+def theme_of(palette: str) -> str:
+    """Return the name of Textual's theme that goes with a palette."""
+    return f"fabrik-{palette}" if palette in _THEMES else "ansi-dark"
 
 
 class Painter:
@@ -16727,6 +16742,10 @@ def make_dashboard(  # noqa: C901 - its classes' methods count
             self._draws_soon = False
             self._ticks = 0
             self._feed = make_feed(self._on_told)
+            for name, colours in _THEMES.items():
+                self.register_theme(textual.theme.Theme(name=f"fabrik-{name}", **colours))
+            self.palette = options.palette
+            self.theme = theme_of(self.palette)  # here, where no style sheet needs parsing again for it
 
         def compose(self) -> Iterator[textual.widget.Widget]:
             yield bar_class(id="above")
@@ -16735,24 +16754,26 @@ def make_dashboard(  # noqa: C901 - its classes' methods count
             yield prompt_class()
 
         def on_mount(self) -> None:
-            for name, colours in _THEMES.items():
-                self.register_theme(textual.theme.Theme(name=f"fabrik-{name}", **colours))
-            self.use_palette(options.palette)
             self.query_one("Input", textual.widgets.Input).suggester = Completion(use_cache=False, case_sensitive=True)
             loop = asyncio.get_running_loop()
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):  # not in the main thread
                     loop.add_signal_handler(number, self.exit, 128 + number)
             self.set_interval(1.0, self._tick)
-            self._feed.start()
+            self.use_palette(self.palette)
+            self.call_after_refresh(self._start_feed)
+
+        def _start_feed(self) -> None:
+            """Begin once the first screen stands there: reading all rows would delay it."""
+            self.draw()
+            self.call_after_refresh(self._feed.start)
 
         def on_unmount(self) -> None:
             self._feed.close()
 
         def use_palette(self, name: str) -> None:
             """Paint in other colours."""
-            self.theme = f"fabrik-{name}" if name in _THEMES else "ansi-dark"
-            self.palette = name
+            self.palette, self.theme = name, theme_of(name)
             for widget in self.query("Bar, Rows"):
                 widget.painter = Painter(name)  # type: ignore[attr-defined]
                 widget.refresh()
@@ -16914,7 +16935,7 @@ def run_dashboard(places: Places, options: DashboardOptions) -> int:
     desk.has_bell = options.has_bell
     if places.cache:
         with contextlib.suppress(CacheError), contextlib.closing(CacheReader(places.cache)) as reader:
-            desk.take(cached_rows(reader))
+            desk.take(cached_rows(reader, FIRST_ROWS))
     app = make_dashboard(desk, lambda tell: Feed(places, tell), options)
     gc.freeze()
     gc.enable()

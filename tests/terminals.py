@@ -38,6 +38,7 @@ class Terminal:
         deadline_s: float = SHOWN_S,
     ) -> None:
         self.raw = ""
+        self.is_drawn = True  # else only what was written is kept
         self._deadline_s = deadline_s
         self._screen = pyte.Screen(columns, lines)
         self._stream = pyte.ByteStream(self._screen)
@@ -71,7 +72,8 @@ class Terminal:
         except OSError:  # EIO, once the other end is closed
             return False
         self.raw += data.decode("utf-8", "replace")
-        self._stream.feed(data)
+        if self.is_drawn:
+            self._stream.feed(data)
         return bool(data)
 
     def wait_for(self, *patterns: str, within_s: float | None = None) -> float:
@@ -88,7 +90,7 @@ class Terminal:
     def wait_for_raw(self, text: str) -> None:
         """Read on until a text was written, escape sequences included."""
         deadline = time.monotonic() + self._deadline_s
-        while text not in self.raw:
+        while text not in self.raw:  # what was read already counts
             assert time.monotonic() < deadline, f"not within {self._deadline_s:g} s: {text!r}\n{self.raw[-2000:]!r}"
             self.read(LOOK_S)
 
