@@ -14409,7 +14409,7 @@ _ROLES: Final = {  # role -> its style in each palette, as rich writes them
     "head": ("#8f9ab3 on #1d212c", "#5a6270 on #eceef2", "bold dim", "bold"),
     "sorted": ("bold #7aa2f7 on #1d212c", "bold #2a5bd7 on #eceef2", "bold blue", "bold underline"),
     "selected": ("on #2c3550", "on #d5e0fa", "reverse", "reverse"),
-    "away": ("#8b92a3", "#7a828f", "", ""),
+    "away": ("#8b92a3", "#6b7380", "", ""),
     "stale": ("#e0a65c", "#9a5b00", "yellow", "italic"),
     "alarm": ("bold #ff8f6b", "bold #b5400f", "bold red", "bold"),
     "live": ("#7fd88f", "#167a33", "green", ""),
@@ -14421,7 +14421,7 @@ _ROLES: Final = {  # role -> its style in each palette, as rich writes them
     BLOCKED: ("bold #f5c04a", "bold #8a5a00", "bold yellow", "bold"),
     FAILED: ("bold #ff6f7d", "bold #c31f30", "bold red", "bold"),
     FINISHED: ("#7fd88f", "#167a33", "green", ""),
-    CANCELLED: ("#8b92a3", "#7a828f", "dim", "dim"),
+    CANCELLED: ("#8b92a3", "#6b7380", "dim", "dim"),
     UNKNOWN: ("#c39bf0", "#7038c0", "magenta", ""),
 }
 
@@ -14447,7 +14447,7 @@ def style_of(palette: str, role: str, base: str) -> rich.style.Style:
     """Return how a role is painted on a line of some base; what the selected line's own colours are gives way."""
     place = PALETTES.index(palette)
     parts = [_ROLES[name][place] for name in ("", base, role if role else base) if _ROLES[name][place]]
-    style = rich.style.Style.combine([rich.style.Style.parse(part) for part in parts])
+    style = rich.style.Style.combine([rich.style.Style(), *map(rich.style.Style.parse, parts)])
     is_flat = base == "selected" and palette in ("ansi", "plain")  # reversed colours of their own would be backgrounds
     return rich.style.Style(reverse=True, bold=style.bold) if is_flat else style
 
@@ -15187,7 +15187,7 @@ class ListPage:
             title = field.title + arrow if len(field.title) < size else field.title
             spans.append((fit(title, size, right=field.right), "sorted" if is_sorted else "head"))
             spans.append((" " * self.gap, "head"))
-        return Line(tuple(spans), "head")
+        return Line(tuple(spans[:-1]), "head")
 
     def _line(self, row: Any, texts: Mapping[str, str], moment: Moment, *, is_selected: bool) -> Line:
         status = row.status if isinstance(row, Run) else ""
@@ -15200,7 +15200,7 @@ class ListPage:
                 shown = short_id(text, size) if field.role(row, moment) == "id" else text
                 spans.append((fit(shown, size, right=field.right), field.role(row, moment)))
             spans.append((" " * self.gap, ""))
-        return Line(tuple(spans), "selected" if is_selected else "away" if moment.is_away(row.cluster) else "")
+        return Line(tuple(spans[:-1]), "selected" if is_selected else "away" if moment.is_away(row.cluster) else "")
 
 
 def _cells_of(text: str) -> int:
@@ -15743,7 +15743,8 @@ class Desk:
 
     def _ring(self, run_ids: set[str]) -> None:
         if run_ids:
-            self.say(f"waiting at a human gate: {', '.join(sorted(map(safe_text, run_ids)))}")
+            first, *others = sorted(map(safe_text, run_ids))
+            self.say(f"waiting at a human gate: {first}" + (f" and {len(others)} more" if others else ""))
             self.effects += [Effect("bell")] if self.has_bell else []
 
     def _renew(self, run_id: str) -> None:
@@ -15952,7 +15953,7 @@ def _bell(desk: Desk) -> None:
 KEYS: Final = (
     Key(("j", "down"), _mover(rows=1), "j ↓", "down"),
     Key(("k", "up"), _mover(rows=-1), "k ↑", "up"),
-    Key(("pagedown", "ctrl+f", " "), _mover(1), "PgDn space", "a page down"),
+    Key(("pagedown", "ctrl+f", "space"), _mover(1), "PgDn space", "a page down"),
     Key(("pageup", "ctrl+b"), _mover(-1), "PgUp", "a page up"),
     Key(("ctrl+d",), _mover(0.5), "^D", "half a page down"),
     Key(("ctrl+u",), _mover(-0.5), "^U", "half a page up"),
@@ -16038,7 +16039,7 @@ def _cells_in(text: str) -> int:
 
 def bars_above(desk: Desk, width: int, moment: Moment) -> list[list[Chip]]:
     """Return what stands above the page: what is seen and where it comes from; the counts; the clusters."""
-    return [_title_bar(desk, width), _count_bar(desk), _cluster_bar(desk, width, moment)]
+    return [_title_bar(desk, width), _count_bar(desk, width), _cluster_bar(desk, width, moment)]
 
 
 def line_of(chips: Sequence[Chip], base: str) -> Line:
@@ -16077,13 +16078,17 @@ def _title_bar(desk: Desk, width: int) -> list[Chip]:
     return [*chips, Chip(((fit(state[0], max(0, room), right=True), state[1]),), "clusters")]
 
 
-def _count_bar(desk: Desk) -> list[Chip]:
-    chips = [Chip(((" ", ""),))]
-    for status, mark in STATUS_MARKS.items():
-        count = desk.board.count(status=status, cluster=desk.cluster)
-        if count:
-            chips.append(Chip(((f"{mark} {count} {status}", status), ("  ", "")), f"filter status:{status}"))
-    return chips if len(chips) > 1 else [Chip(((" no runs known", "dim"),))]
+def _count_bar(desk: Desk, width: int) -> list[Chip]:
+    counts = {status: desk.board.count(status=status, cluster=desk.cluster) for status in STATUS_MARKS}
+    for words in ({status: f" {status}" for status in counts}, dict.fromkeys(counts, "")):
+        chips = [
+            Chip(((f"{STATUS_MARKS[status]} {count}{words[status]}", status), ("  ", "")), f"filter status:{status}")
+            for status, count in counts.items()
+            if count
+        ]
+        if sum(chip.cells for chip in chips) < width:
+            break
+    return [Chip(((" ", ""),)), *chips] if chips else [Chip(((" no runs known", "dim"),))]
 
 
 def _cluster_bar(desk: Desk, width: int, moment: Moment) -> list[Chip]:
@@ -16110,13 +16115,13 @@ def _cluster_chip(desk: Desk, number: int, name: str, count: int, age: str) -> C
 
 def bar_below(desk: Desk, pending: str, width: int) -> list[Chip]:
     """Return what stands below the page: what the person is told, else the keys."""
-    if desk.notice:
-        return [Chip(((fit(f" {desk.notice}", width), "notice"),))]
     if pending:
         words = ", ".join(
             f"{name[2:]} {key.words}" for key in KEYS for name in key.names if name.startswith(pending + " ")
         )
         return [Chip(((fit(f" {pending} … {words}", width), "notice"),))]
+    if desk.notice:
+        return [Chip(((fit(f" {desk.notice}", width), "notice"),))]
     hints = [(key.shown.split()[0], key.hint) for key in KEYS if key.hint]
     if isinstance(desk.page, LogPage):
         hints = [
@@ -16829,7 +16834,7 @@ def make_dashboard(  # noqa: C901 - its classes' methods count
         # What the person does
 
         def on_key(self, event: textual.events.Key) -> None:
-            name = event.character if event.is_printable and event.character else event.key
+            name = event.character if event.is_printable and event.character and event.key != "space" else event.key
             if self.sign:
                 self._on_prompt_key(event)
                 return
@@ -16870,6 +16875,7 @@ def make_dashboard(  # noqa: C901 - its classes' methods count
             self.sign = ""
             self.query_one("Prompt").display = False
             self.set_focus(None)
+            desk.say("")
             self.draw()
 
         def on_input_changed(self, event: textual.widgets.Input.Changed) -> None:
