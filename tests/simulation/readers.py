@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import fabrik_daemon
@@ -57,6 +58,7 @@ class Reader:
         self.subscription: fabrik_daemon.Subscription | None = None
         self._simulated = simulated
         self._is_due = False
+        self._lack: fabrik_daemon.Lack | None = None  # what is being read out of the cache for it
         self._stream = ""
 
     def connect(self) -> None:
@@ -65,7 +67,7 @@ class Reader:
         wish = fabrik_daemon.Wish(self.wanted, since=self.cursor, snapshot=True)
         self.subscription = bus.subscribe(wish, {})
         self._simulated.daemon.server.readers[self.subscription] = self
-        self._is_due = False
+        self._is_due, self._lack = False, None
         self.wake()
 
     def restless(self) -> None:
@@ -105,14 +107,15 @@ class Reader:
         else:
             self.wake()
         if subscription.lack is not None:
-            lack, subscription.lack = subscription.lack, None
-
-            def supply() -> None:
-                lack.take(lack.read())
-                if self.subscription is subscription:
-                    self.wake()
-
+            self._lack, subscription.lack = subscription.lack, None
+            supply = partial(self._supply, self._lack)
             world.at(world.now + world.chance.uniform(0, 1), supply, self._simulated.reactor)
+
+    def _supply(self, lack: fabrik_daemon.Lack) -> None:
+        if self._lack is lack:
+            self._lack = None
+            lack.take(lack.read())
+            self.wake()
 
     def read_all(self) -> None:
         """Connect where it is not, and take everything."""
@@ -125,8 +128,9 @@ class Reader:
             if line is not None:
                 self._take(json.loads(line))
             elif subscription.lack is not None:
-                lack, subscription.lack = subscription.lack, None
-                lack.take(lack.read())
+                self._lack, subscription.lack = subscription.lack, None
+            elif self._lack is not None:
+                self._supply(self._lack)
             else:
                 return
 
