@@ -16970,7 +16970,11 @@ MANIFESTS: Final = {
     "deployment": Manifest(
         "deployment.yaml",
         "the daemon in a cluster, in remote mode",
-        {"namespace": "fabrik-system", "image": f"ghcr.io/dtechvision/fabrik-daemon:{__version__}"},
+        {
+            "namespace": "fabrik-system",
+            "image": f"ghcr.io/dtechvision/fabrik-daemon:{__version__}",
+            "host": "fabrik.example.com",  # what clients call it, beside the Service's names
+        },
     ),
     "prometheus": Manifest(
         "prometheus-$form.yaml",

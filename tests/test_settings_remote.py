@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ from fabrik_daemon import (
     RemoteDaemon,
     UsageError,
     exposure_from,
+    format_manifest,
     is_loopback,
     mounted_clusters,
     parse_remote,
@@ -189,6 +191,21 @@ def test_nothing_that_holds_a_token_shows_it() -> None:
 )
 def test_what_counts_as_loopback(host: str, is_it: bool) -> None:
     assert is_loopback(host) is is_it
+
+
+def test_the_deployment_says_all_that_a_daemon_in_a_cluster_needs() -> None:
+    documents = list(yaml.safe_load_all(format_manifest("deployment", {"host": "fabrik.test"})))
+    (deployment,) = (document for document in documents if document["kind"] == "Deployment")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    made = exposure_from(ExposureFlags(), None, {entry["name"]: entry["value"] for entry in container["env"]})
+    assert made is not None
+    assert (made.host, made.port, made.behind_proxy, made.token) == ("", 8080, True, None)
+    assert "fabrik.test" in made.hosts
+    assert "fabrik-daemon-remote.fabrik-system.svc" in made.hosts
+    mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
+    assert made.kubeconfig in mounts
+    assert made.token_file == "/etc/fabrik/token/token"
+    assert "/etc/fabrik/token" in mounts
 
 
 # Tokens --------------------------------------------------------------------------------------------------------------
