@@ -6703,6 +6703,7 @@ class Switch(NamedTuple):
     framing: Framing
     reply: bytes
     rest: bytes
+    requests: Sequence[JsonObject]  # that came with the switch
 
 
 Said = Union[JsonObject, FabrikError, bytes, Switch]  # a request, why it is none, or what must be sent back at once
@@ -6908,7 +6909,7 @@ class HttpFraming:
             reply, rest = self._codec.switch(accept_websocket(http))
         except FabrikError as error:
             return error
-        return Switch(WebSocketFraming(), reply, rest)
+        return Switch(WebSocketFraming(), reply, rest, [request] if http.query else [])
 
 
 class WebSocketFraming:
@@ -11442,8 +11443,13 @@ def _bind(exposure: Exposure) -> socket.socket:
 class _Outbox:
     """What is still to be sent on a connection: answers in pieces, then what subscriptions have to tell."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, reactor: Reactor, stream: Stream, again: Callable[[], None]) -> None:
+        """Send to a stream; `again` is called when a client that reads one message at a time may have read it."""
+        self._reactor = reactor
         self._stream = stream
+        self._again = again
+        self._poll: Timer | None = None  # until the client has read
+        self._poll_s = UNREAD_POLL_S
         self._answers: deque[Iterator[bytes]] = deque()
         self.subscriptions: list[Subscription] = []
 
@@ -11493,7 +11499,16 @@ class _Outbox:
             if not pieces:
                 return True
             self._stream.send(b"".join(pieces))
+        if framing.singly and self._poll is None:
+            self._poll = self._reactor.call_later(self._poll_s, self._on_poll)
+            self._poll_s = min(2 * self._poll_s, UNREAD_POLL_MAX_S)
         return False
+
+    def _on_poll(self) -> None:
+        self._poll = None
+        if not self._stream.is_closed:
+            self._poll_s = self._poll_s if self._stream.is_unread else UNREAD_POLL_S
+            self._again()
 
     def has_to_wait(self, framing: Framing) -> bool:
         """Say whether the client must read first."""
@@ -11519,13 +11534,11 @@ class ServerConnection:
         self._server = server
         self._access = access
         self._stream = Stream(server.reactor, self)
-        self._outbox = _Outbox(self._stream)
+        self._outbox = _Outbox(server.reactor, self._stream, self.pump)
         self._framing: Framing | None = None  # until the first byte tells
         self._inbox: deque[bytes] = deque()  # that was not looked at; b"" is the end
         self._said: Iterator[Said] = iter(())
         self._waiting = 0  # answers that are being made
-        self._poll: Timer | None = None  # until the client has read
-        self._poll_s = UNREAD_POLL_S
         self._ended = False  # the client sends no more
         self._over = False  # nor is it told more
         self._heard_at = server.reactor.now()
@@ -11580,6 +11593,11 @@ class ServerConnection:
         if (self._over or (self._ended and not self.subscriptions)) and (framing is None or not busy):
             self.close()
 
+    def tell(self) -> None:
+        """Send what subscriptions have to tell; whatever else there is to do waits for something else."""
+        if self._framing is not None and not self._stream.is_closed:
+            self._send_waiting(self._framing)
+
     def check_time(self, now: float, timing: Timing) -> None:
         """Ask a client that is silent whether it is there; let go of one that does not answer, or never ends."""
         framing = self._framing
@@ -11596,20 +11614,10 @@ class ServerConnection:
                 self.close()
 
     def _send_waiting(self, framing: Framing) -> None:
-        """Send what waits; where the client must read one message first, come again when it may have."""
         if self._outbox.pump(framing):
             for subscription in self.subscriptions:
                 if subscription.lack is not None:
                     self._server.supply(subscription, subscription.lack)
-        elif framing.singly and self._poll is None:
-            self._poll = self._server.reactor.call_later(self._poll_s, self._on_poll)
-            self._poll_s = min(2 * self._poll_s, UNREAD_POLL_MAX_S)
-
-    def _on_poll(self) -> None:
-        self._poll = None
-        if not self._stream.is_closed:
-            self._poll_s = self._poll_s if self._stream.is_unread else UNREAD_POLL_S
-            self.pump()
 
     def _take_in(self, framing: Framing) -> bool:
         """Look at the next thing a client said that reads its answers; say whether there was one."""
@@ -11649,7 +11657,7 @@ class ServerConnection:
             if not framing.is_open:
                 self._finish()
         elif isinstance(said, Switch):
-            self._framing, self._said = said.framing, iter(())
+            self._framing, self._said = said.framing, iter(said.requests)
             self._stream.send(said.reply)
             if said.rest:
                 self._inbox.appendleft(said.rest)
@@ -11759,7 +11767,7 @@ class Server:
     def _pump_woken(self) -> None:
         woken, self._woken = self._woken, {}
         for connection in woken:
-            connection.pump()
+            connection.tell()
 
     def listen(self, subscription: Subscription, connection: ServerConnection) -> None:
         """Note whose a subscription is."""

@@ -76,3 +76,10 @@ def test_there_is_one_route(world: World, target: str) -> None:
         WebSocketClient(world.socket, target=target)
     assert raised.value.status_code in {400, 404}
     assert http_request(world.socket, "/status").status == 200
+
+
+def test_a_query_string_subscribes_at_once(world: World) -> None:
+    with WebSocketClient(world.socket, target="/v1/stream?cluster=prod&type=run:*") as client:
+        assert client.message()["type"] == "subscribed"
+        report(5, 61, server=world.prod)
+        assert client.message()["progress"]["finished"] == 61
