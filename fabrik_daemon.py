@@ -31,6 +31,7 @@ Core:
     Bus                   subscriptions, their queues, lag and snapshots
     History               a run's timeline, the runs of a moment, statistics
     Schema: views         views for user SQL, and what tables and columns mean
+    Schema: facts         facts <-> JSON
     Schema                DDL, migrations, statements, row <-> values, the SQL authorizer
     Schema: lists         what reads a list, or the runs that a word may mean
     Metrics               every metric, declared once, through prometheus-client
@@ -71,6 +72,7 @@ Shell:
     Daemon: log           the daemon's log, in memory; its last words
     Daemon: following     what watches tell -> store, cache, bus
     Daemon: kept logs     the last lines of runs that fail
+    Daemon: sidecars      what the sidecars of Pods report
     Daemon: service manager  systemd's: readiness, reload, stop, watchdog, a socket that it opened; signals
     Daemon: telemetry     what LAOS hears: metrics, the log, alerts
     Daemon                composition root: settings -> parts; orderly stop
@@ -78,6 +80,7 @@ Shell:
     Client                a connection to the daemon, for commands
     Direct                what asks an API server at once, in a loop of its own
     Direct: logs          the logs of runs: from their Pods, from Loki, from what was kept
+    Direct: reports       what a run's sidecar and workspace say
     Diagnosis             clusters test
     Diagnosis: this host  doctor: folders, cache, daemon, service
     Diagnosis: clusters and LAOS   doctor: credentials, reach, clocks, rights; services of LAOS
@@ -343,6 +346,7 @@ POOL_THREADS: Final = 16  # of each pool; name look-ups and helper processes tak
 LOG_RING_LINES: Final = 2000
 SKEW_MIN_S: Final = 2.0  # an HTTP Date has whole seconds: less than this is no skew
 K3S_KUBECONFIG: Final = "/etc/rancher/k3s/k3s.yaml"
+STATUS_FILE: Final = "/workspace/.smithers/status.json"
 IN_CLUSTER: Final = "in-cluster"  # in place of a kubeconfig's path: the Pod's service account
 PROTOCOL: Final = 1  # of requests and events; a change that old clients would misread raises it
 SYSTEM_SOCKET: Final = "/run/fabrik/daemon.sock"  # of the system service; root decides whose /run/fabrik is
@@ -416,6 +420,7 @@ LOG_STRANGE_TRIES: Final = (
 )
 KEPT_LINES: Final = 50  # of a failed run's container
 KEPT_READ_BYTES: Final = 2**20  # of its log at most
+SIDECARS_AT_ONCE: Final = 8  # of all clusters together
 KEPT_AT_ONCE: Final = 4  # fetches of all clusters together
 LOGS_AT_ONCE: Final = 200  # a connection each
 LOKI_PAGE_LINES: Final = 1000
@@ -1231,6 +1236,7 @@ class Timing(NamedTuple):
     initial_list: float = 30.0  # until a streamed list must have ended; older k3s never ends one
     relist: float = 1800.0  # a consistent list catches what no event told
     sleep: float = 30.0  # clocks that part by more, or a loop that is later, mean that the host slept
+    sidecar: float = 30.0  # between two looks at a Pod's sidecar; Smithers reports as often
     files_check: float = 5.0  # whether kubeconfigs, certificates, tokens or clusters.yaml have changed
     forbidden_retry: float = 300.0  # a role may be granted meanwhile
     credentials: float = 30.0  # an exec plugin that takes longer hangs
@@ -1879,7 +1885,7 @@ def report_from(metadata: JsonObject) -> Report:
     malformed: list[str] = []
     dialects: list[Report] = []
     if "status" in annotations:
-        dialects.append(_json_report(annotations.pop("status"), malformed))
+        dialects.append(_json_report(parse_json_object(annotations.pop("status")), malformed))
     if annotations:
         dialects.append(_report_of(annotations, _ANNOTATIONS, malformed))
     if labels:
@@ -1908,6 +1914,23 @@ def merge_reports(reports: Sequence[Report]) -> Report:
     return merged
 
 
+def report_from_status(said: JsonObject, now: float) -> Report:
+    """Return what a sidecar's /status or Smithers' status.json reports; it cannot end a run.
+
+    The keys are those of the spec's SmithersPodStatus, or of the JSON annotation.
+    """
+    names = {"current_task": "currentTask", "attempt": "taskAttempt", "updated": "heartbeatAt"}
+    known = {**said, **{name: said[other] for name, other in names.items() if other in said}}
+    if "progressTotal" in said:
+        known["progress"] = {"finished": said.get("progressFinished"), "total": said["progressTotal"]}
+    age = said.get("heartbeatAge")
+    if isinstance(age, (int, float)) and 0 <= age < now:
+        known["updated"] = format_time(now - age)
+    malformed: list[str] = []
+    report = _json_report(known, malformed)
+    return report._replace(status=report.status if report.status == BLOCKED else None, malformed=tuple(malformed))
+
+
 def is_gated(report: Report) -> bool:
     """Say whether a run waits for a person."""
     return report.phase == GATE or report.status == BLOCKED
@@ -1918,8 +1941,7 @@ def _own_values(metadata: JsonObject, kind: str) -> JsonObject:
     return {key[length:]: values[key] for key in values if key.startswith(FABRIK_PREFIX)}
 
 
-def _json_report(text: object, malformed: list[str]) -> Report:
-    said = parse_json_object(text)
+def _json_report(said: JsonObject | None, malformed: list[str]) -> Report:
     if said is None:
         malformed.append("status")
         return NO_REPORT
@@ -2039,6 +2061,13 @@ class PodFacts(NamedTuple):
     gone: str | None = None
     gone_at: str | None = None
     scheduled: bool = False  # its Job is, and nothing carries a run id
+    sidecar_port: int | None = None  # of the container that answers /status, where there is one
+    sidecar: Report = NO_REPORT  # what that answered last
+
+    @property
+    def told(self) -> Report:
+        """What its annotations and labels report, and where they say nothing its sidecar."""
+        return self.report if self.sidecar == NO_REPORT else merge_reports([self.report, self.sidecar])
 
 
 class CronJobFacts(NamedTuple):
@@ -2193,7 +2222,16 @@ def _pod_facts(item: JsonObject, metadata: JsonObject, namespace: str, name: str
         ended_at=latest(*(time_text(state.get("finishedAt")) for state in _states(status, "terminated"))),
         deleting="deletionTimestamp" in metadata,
         scheduled=label_id is None,
+        sidecar_port=_sidecar_port(object_at(item, "spec")),
+        sidecar=NO_REPORT,
     )
+
+
+def _sidecar_port(spec: JsonObject) -> int | None:
+    for container in list_at(spec, "containers") + list_at(spec, "initContainers"):
+        if container.get("name") == "smithers-sidecar":
+            return next((parse_int(port.get("containerPort")) for port in list_at(container, "ports")), None)
+    return None
 
 
 def _pod_reason(status: JsonObject) -> str | None:
@@ -2359,7 +2397,7 @@ def status_of(  # noqa: PLR0911 - one return a row
 
     `ending` is what a Job controller's Event told of a Job that vanished, `was` the status before.
     """
-    said = pod.report if pod else NO_REPORT
+    said = pod.told if pod else NO_REPORT
     why = said.reason or (job.report.reason if job else None)  # in Smithers' words
     trouble = pod.reason if pod else None
     ended = _job_status(job, pod, ending)
@@ -2395,7 +2433,7 @@ def _job_status(  # noqa: PLR0911 - one return a row
         return FINISHED, None
     if job.outcome == FAILED:  # 2
         first = job.reason if job.reason == "DeadlineExceeded" else None
-        why = (pod.reason or pod.report.reason) if pod else None
+        why = (pod.reason or pod.told.reason) if pod else None
         return FAILED, first or why or job.report.reason or job.reason
     if job.gone == DELETED or job.deleting or CANCELLED in (said, job.report.status):  # 3
         return CANCELLED, None
@@ -2419,7 +2457,7 @@ def run_row(place: Place, run_id: str, job: JobFacts | None, pod: PodFacts | Non
     """Return a run's row."""
     one: JobFacts | PodFacts = job or pod or _NOBODY
     two = pod or one
-    said = merge_reports((pod.report, job.report)) if pod and job else one.report
+    said = merge_reports((pod.told, job.report)) if pod and job else (pod.told if pod else one.report)
     started_at, created_at, deleted_at = one.started_at or two.started_at, one.created_at or two.created_at, one.gone_at
     finished_at = (verdict.ended_at or deleted_at) if verdict.status in TERMINAL else None
     return Run(
@@ -3178,11 +3216,17 @@ class Store:
         events = [RunEvent(first + i, run_id, "log_line", said, at) for i, (said, at) in enumerate(lines)]
         return self._commit(draft, None)._replace(kept=KeptLines(run_id, tuple(events), draft.at))
 
-    def has_pod(self, run: Run) -> bool:
-        """Say whether a run's Pod is there to be read."""
-        pods = self._objects.get((run.cluster, PODS.name), {})
-        pod = pods.get((run.namespace, run.pod_name or ""))
-        return pod is not None and not pod.gone
+    def take_sidecar(self, cluster: str, pod: PodFacts, report: Report, now: float) -> Commit:
+        """Take in what a Pod's sidecar answered."""
+        draft, key = Draft(now), ObjectKey(cluster, PODS.name, pod.namespace, pod.name)
+        known = self.known(key)
+        if isinstance(known, PodFacts) and known.uid == pod.uid and not known.gone:
+            self._put(draft, key, known._replace(sidecar=report))
+        return self._commit(draft, None)
+
+    def known(self, key: ObjectKey) -> Facts | None:
+        """Return what is kept of an object."""
+        return self._of(key).get((key.namespace, key.name))
 
     def objects(self) -> Iterator[tuple[ObjectKey, Facts]]:
         """Yield all object facts."""
@@ -3219,6 +3263,8 @@ class Store:
 
     def _put(self, draft: Draft, key: ObjectKey, facts: Facts) -> None:
         known = self._of(key).get((key.namespace, key.name))
+        if isinstance(known, PodFacts) and isinstance(facts, PodFacts) and known.uid == facts.uid:
+            facts = facts._replace(sidecar=known.sidecar if facts.sidecar == NO_REPORT else facts.sidecar)
         if known == facts:
             return
         if known is not None and known.id != facts.id:
@@ -4011,6 +4057,39 @@ def meanings() -> dict[tuple[str, str], str]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Schema: facts
+# ----------------------------------------------------------------------------------------------------------------------
+
+_REPORTS: Final = ("report", "sidecar")  # fields of facts that are reports
+
+
+def facts_json(facts: Facts) -> str:
+    """Return the text that `objects.facts` holds; facts_from_json reads it."""
+    fields = facts._asdict()
+    for name in _REPORTS:
+        if name in fields:
+            fields[name] = {key: value for key, value in fields[name]._asdict().items() if value not in (None, ())}
+    return format_json_text({name: value for name, value in fields.items() if value is not None and value != {}})
+
+
+def facts_from_json(resource_name: str, text: str) -> Facts:
+    """Return the facts that `objects.facts` holds, whatever version of this program wrote it. Raises ValueError."""
+    kind, said = FACTS[resource_name], json.loads(text)
+    if not isinstance(said, dict):
+        raise ValueError("no facts")  # noqa: TRY004 - of the text, as the docstring has it
+    for field in (field for field in _REPORTS if field in kind._fields):
+        report = said.get(field, {})
+        if not isinstance(report, dict):
+            raise ValueError("no report")  # noqa: TRY004
+        known = {name: value for name, value in report.items() if name in Report._fields}
+        said[field] = Report(**{**known, "malformed": tuple(known.get("malformed", ()))})
+    try:
+        return kind(**{name: value for name, value in said.items() if name in kind._fields})
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Schema
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -4329,29 +4408,6 @@ def stream_statements(cursor: Cursor, reserved: int) -> list[Statement]:
     """Return what lets a stream go on in an empty cache."""
     metas = {"stream": cursor.stream, "begun_at": str(cursor.seq), "reserved_seq": str(reserved)}
     return [*(set_meta(key, value) for key, value in metas.items()), changes_held_after(cursor.seq)]
-
-
-def facts_json(facts: Facts) -> str:
-    """Return the text that `objects.facts` holds; facts_from_json reads it."""
-    fields = facts._asdict()
-    if "report" in fields:
-        fields["report"] = {name: value for name, value in facts.report._asdict().items() if value not in (None, ())}  # type: ignore[union-attr]
-    return format_json_text({name: value for name, value in fields.items() if value is not None and value != {}})
-
-
-def facts_from_json(resource_name: str, text: str) -> Facts:
-    """Return the facts that `objects.facts` holds, whatever version of this program wrote it. Raises ValueError."""
-    kind, said = FACTS[resource_name], json.loads(text)
-    if not isinstance(said, dict) or not isinstance(said.get("report", {}), dict):
-        raise ValueError("no facts")  # noqa: TRY004 - of the text, as the docstring has it
-    if "report" in kind._fields:
-        report = said.get("report", {})
-        known = {name: value for name, value in report.items() if name in Report._fields}
-        said["report"] = Report(**{**known, "malformed": tuple(known.get("malformed", ()))})
-    try:
-        return kind(**{name: value for name, value in said.items() if name in kind._fields})
-    except TypeError as error:
-        raise ValueError(str(error)) from None
 
 
 def authorize(action: int, first: str | None, second: str | None) -> int:
@@ -12416,7 +12472,8 @@ class KeptLogs:
         if not isinstance(row, Run) or row.status != FAILED or self._kept.get(row.run_id) == (row.job_uid or ""):
             return
         is_new = row.run_id not in self._active and row.run_id not in self._queue
-        if is_new and row.cluster not in self._refused and self._store.has_pod(row):
+        pod = self._store.known(ObjectKey(row.cluster, PODS.name, row.namespace, row.pod_name or ""))
+        if is_new and row.cluster not in self._refused and pod is not None and not pod.gone:
             self._queue[row.run_id] = 0
             self._reactor.call_soon(self._next)
 
@@ -12468,6 +12525,72 @@ class KeptLogs:
         ]
         commit = self._store.keep_lines(run.run_id, said, time.time())
         self.write(commit, set_meta(KEPT_META + run.run_id, run.job_uid or ""))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Daemon: sidecars
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class SidecarReports:
+    """Asks the sidecars of Pods that run what Smithers reports, through the API server (`statusSources: [sidecar]`)."""
+
+    def __init__(self, reactor: Reactor, store: Store, timing: Timing, log: logging.Logger) -> None:
+        self._reactor = reactor
+        self._store = store
+        self._timing = timing
+        self._log = log
+        self._waiting: deque[tuple[str, PodFacts]] = deque()
+        self._active: dict[tuple[str, str], Call] = {}  # by cluster and the Pod's uid
+        self._told: set[str] = set()  # clusters whose missing right was logged
+        self.clusters: Mapping[str, Cluster] = {}
+        self.write: Callable[[Commit], None] = lambda commit: None
+
+    def start(self) -> None:
+        """Ask now and then."""
+        self._reactor.call_every(self._timing.sidecar, self._ask_all)
+
+    def stop(self) -> None:
+        """Ask no more."""
+        self._waiting.clear()
+        for call in self._active.values():
+            call.cancel()
+
+    def _ask_all(self) -> None:
+        if not self._waiting:  # else the last round is not over
+            pods = ((key.cluster, pod) for key, pod in self._store.objects() if isinstance(pod, PodFacts))
+            is_there = ((name, pod) for name, pod in pods if pod.phase == "Running" and not pod.gone)
+            self._waiting.extend((name, pod) for name, pod in is_there if pod.sidecar_port)
+            self._next()
+
+    def _next(self) -> None:
+        while self._waiting and len(self._active) < SIDECARS_AT_ONCE:
+            name, pod = self._waiting.popleft()
+            cluster = self.clusters.get(name)
+            if cluster is not None and cluster.is_connected and (name, pod.uid) not in self._active:
+                self._ask(cluster, pod)
+
+    def _ask(self, cluster: Cluster, pod: PodFacts) -> None:
+        name = cluster.spec.name
+
+        def done(got: Got) -> None:
+            del self._active[name, pod.uid]
+            if got.document():
+                now = time.time()
+                self.write(self._store.take_sidecar(name, pod, report_from_status(got.document(), now), now))
+            elif got.status == 403 and name not in self._told:
+                self._told.add(name)
+                self._log.warning("%s: its sidecars may not be asked: grant get on pods/proxy", name)
+            self._reactor.call_soon(self._next)
+
+        origin = ClusterOrigin(cluster, self._reactor, self._timing)
+        self._active[name, pod.uid] = fetch(origin, sidecar_path(pod), done, REFUSAL_MAX_BYTES)
+
+
+def sidecar_path(pod: PodFacts) -> str:
+    """Return the path of a sidecar's status, through the API server's proxy."""
+    name = urllib.parse.quote(f"{pod.name}:{pod.sidecar_port}", safe="")
+    return f"{PODS.path(pod.namespace)}/{name}/proxy/status"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -12990,6 +13113,8 @@ class Daemon:
         self._follower.on_settled = self._on_settled
         self._kept_logs = KeptLogs(self._reactor, self.store, settings.timing, self._log, self._resumption.kept)
         self._kept_logs.clusters, self._kept_logs.write = self._follower.clusters, self._follower.take
+        self._sidecars = SidecarReports(self._reactor, self.store, settings.timing, self._log)
+        self._sidecars.clusters, self._sidecars.write = self._follower.clusters, self._follower.take
         self.ring.wake = lambda subscriptions: self._reactor.call_soon(lambda: self.server.wake(subscriptions))
         self._once = False
         self._ready: Callable[[], None] | None = None
@@ -13010,6 +13135,8 @@ class Daemon:
         self._reactor.watch_sleep(self.settings.timing.sleep, self._on_sleep)
         if self.settings.keep_logs:
             self._follower.on_changes.append(self._kept_logs.on_changes)
+        if "sidecar" in self.settings.status_sources:
+            self._sidecars.start()
         self._run(ready)
 
     def run_once(self) -> None:
@@ -13457,12 +13584,16 @@ class Site:
 
     def connect(self, handler: StreamHandler) -> tuple[Stream, HttpClientCodec, str]:
         """Return a new connection, and the path that leads every target; only after `prepare`."""
-        route = self._route
-        if route is None:
+        stream, endpoint = self.dial(handler)
+        return stream, HttpClientCodec(endpoint.authority), endpoint.base
+
+    def dial(self, handler: StreamHandler) -> tuple[Stream, Endpoint]:
+        """Return a new connection, and where it leads; only after `prepare`."""
+        if self._route is None:
             raise UnreachableError(f"{self.spec.name}: its credentials are not resolved")
         stream = Stream(self.reactor, handler)
-        stream.connect(route, self.timing)
-        return stream, HttpClientCodec(route.endpoint.authority), route.endpoint.base
+        stream.connect(self._route, self.timing)
+        return stream, self._route.endpoint
 
     def headers(self) -> dict[str, str]:
         """Return what a request says of us, with the credentials of this moment."""
@@ -13889,6 +14020,173 @@ class LogSession:
             self._direct.reactor.call_soon(self._next)
         elif not self._active:
             self._direct.reactor.call_soon(self._direct.reactor.stop)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Direct: reports
+# ----------------------------------------------------------------------------------------------------------------------
+
+_EXEC_PROTOCOLS: Final = ("v5.channel.k8s.io", "v4.channel.k8s.io")
+_STDOUT: Final = 1  # channels: the first byte of every message (k8s.io/apimachinery, remotecommand)
+_STATUS: Final = 3
+
+
+class ExecCall(ClientHandler):
+    """Runs a command in a container over WebSocket, and returns what it prints. Only a user's explicit flag may ask."""
+
+    def __init__(self, site: Site, target: str, done: Callable[[bytes, str], None]) -> None:
+        self._site = site
+        self._target = target
+        self._done = done  # gets the output, and what is wrong, if anything
+        self._stream: Stream | None = None
+        self._socket = wsproto.WSConnection(wsproto.ConnectionType.CLIENT)
+        self._message = self._output = self._refusal = b""
+        self._status = 0
+        self._over = False
+        self._timer = site.reactor.call_later(site.timing.answer, lambda: self._end("no answer in time"))
+        site.prepare(self._on_prepared)
+
+    def on_data(self, data: bytes) -> None:
+        """Take in bytes; empty: the server ended the connection."""
+        try:
+            self._socket.receive_data(data or None)
+            for event in self._socket.events():
+                self._take(event)
+        except wsproto.utilities.ProtocolError as error:
+            self._end(str(error) or "no WebSocket")
+
+    def on_error(self, error: str) -> None:
+        """Take in that the connection is lost."""
+        self._end(error)
+
+    def _on_prepared(self, error: FabrikError | None) -> None:
+        if error is not None:
+            self._end(str(error))
+            return
+        self._stream, endpoint = self._site.dial(self)
+        headers = [(name.encode(), value.encode("latin-1")) for name, value in self._site.headers().items()]
+        request = wsproto.events.Request(
+            host=endpoint.authority,
+            target=endpoint.base + self._target,
+            extra_headers=headers,
+            subprotocols=list(_EXEC_PROTOCOLS),
+        )
+        self._stream.send(self._socket.send(request))
+
+    def _take(self, event: wsproto.events.Event) -> None:
+        if isinstance(event, wsproto.events.RejectConnection):
+            self._status = event.status_code
+            if not event.has_body:
+                self._end(f"HTTP {event.status_code}")
+        elif isinstance(event, wsproto.events.RejectData):
+            self._refusal += event.data
+            if event.body_finished:
+                head = ResponseHead(self._status, {})
+                self._end(refusal_from_response(head, self._refusal[:REFUSAL_MAX_BYTES]).message)
+        elif isinstance(event, wsproto.events.BytesMessage):
+            self._message = (self._message + event.data)[: 2 * JSON_MAX_CHARS]
+            if event.message_finished:
+                message, self._message = self._message, b""
+                self._on_channel(message)
+        elif isinstance(event, wsproto.events.CloseConnection):
+            self._end("" if self._output else "it printed nothing")
+
+    def _on_channel(self, data: bytes) -> None:
+        if data[:1] == bytes([_STDOUT]):
+            self._output = (self._output + data[1:])[:JSON_MAX_CHARS]
+        elif data[:1] == bytes([_STATUS]):
+            status = parse_json(data[1:].decode("utf-8", "replace")) or {}
+            failed = status.get("status") != "Success"
+            self._end(text_at(status, "message") or "it failed" if failed else "")
+
+    def _end(self, error: str) -> None:
+        if not self._over:
+            self._over = True
+            self._timer.cancel()
+            if self._stream is not None:
+                self._stream.close()
+            self._done(self._output, error)
+
+
+class ReportAsked(NamedTuple):
+    """What a run's own processes report now; `troubles` says what could not be asked."""
+
+    report: Report
+    troubles: tuple[str, ...]
+
+
+def ask_report(site: Site, run: Run, sources: Sequence[str], done: Callable[[ReportAsked], None]) -> None:
+    """Ask the sidecar and the workspace of a run's Pod, where `statusSources` has them; `done` gets what they say."""
+    said: dict[str, Report] = {}
+    troubles: list[str] = []
+    asked = [source for source in ("sidecar", "exec") if source in sources]
+
+    def finish(source: str, document: JsonObject, error: str) -> None:
+        if error or not document:
+            troubles.append(f"{source}: {error or 'no JSON'}")
+        said[source] = report_from_status(document, time.time()) if document else NO_REPORT
+        if len(said) == len(asked):
+            done(ReportAsked(merge_reports([said[name] for name in asked]), tuple(troubles)))
+
+    def on_pod(got: Got) -> None:
+        items = [item for item in list_at(got.document(), "items") if pod_view(item).name == run.pod_name]
+        facts = facts_from(PODS.name, items[0]) if items else None
+        if not isinstance(facts, PodFacts):
+            for source in asked:
+                finish(source, {}, got.complaint or "its Pod is gone")
+            return
+        if "sidecar" in asked:
+            _ask_sidecar(site, facts, finish)
+        if "exec" in asked:
+            _exec_status(site, pod_view(items[0]), facts, finish)
+
+    if not asked or not run.pod_name:
+        done(ReportAsked(NO_REPORT, ()))
+        return
+    fetch(
+        site, f"{PODS.path(run.namespace)}?fieldSelector={urllib.parse.quote(f'metadata.name={run.pod_name}')}", on_pod
+    )
+
+
+_Finish = Callable[[str, JsonObject, str], None]
+
+
+def _ask_sidecar(site: Site, pod: PodFacts, finish: _Finish) -> None:
+    if pod.sidecar_port is None:
+        finish("sidecar", {}, "its Pod has no container smithers-sidecar with a port")
+        return
+    fetch(site, sidecar_path(pod), lambda got: finish("sidecar", got.document(), _right(got, "get pods/proxy")))
+
+
+def _right(got: Got, right: str) -> str:
+    return f"{got.complaint} (grant {right})" if got.status == 403 else got.complaint
+
+
+def _exec_status(site: Site, view: PodView, pod: PodFacts, finish: _Finish) -> None:
+    def on_output(output: bytes, error: str) -> None:
+        told = f"{error} (grant create on pods/exec)" if "forbidden" in error else error
+        finish("exec", parse_json_object(output.decode("utf-8", "replace")) or {}, told)
+
+    words = [("command", "cat"), ("command", STATUS_FILE), ("stdout", "true"), ("container", view.chosen)]
+    path = f"{PODS.path(pod.namespace)}/{urllib.parse.quote(pod.name, safe='')}/exec"
+    ExecCall(site, f"{path}?{urllib.parse.urlencode(words)}", on_output)
+
+
+def fill_run(run: Run, report: Report) -> Run:
+    """Return a run's row with what annotations do not say taken from a report; a run that is over stays as it is."""
+    if run.status in TERMINAL:
+        return run
+    said: JsonObject = {
+        "phase": report.phase,
+        "current_task": report.task,
+        "task_attempt": report.attempt,
+        "iteration": report.iteration,
+        "heartbeat_at": report.heartbeat_at,
+    }
+    if run.progress_finished is None:
+        run = run._replace(progress_finished=report.finished, progress_total=report.total)
+    run = run._replace(**{name: value for name, value in said.items() if getattr(run, name) is None})
+    return run._replace(status=BLOCKED) if run.status == RUNNING and is_gated(report) else run
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import uuid
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from fakes_http import (
     Access,
@@ -214,6 +214,7 @@ _ROUTE: Final = re.compile(
     r"(?P<prefix>/apis/batch/v1|/api/v1)(?:/namespaces/(?P<namespace>[^/]+))?"
     r"/(?P<resource>jobs|cronjobs|pods|persistentvolumeclaims|events)(?:/(?P<name>[^/]+)(?P<log>/log)?)?"
 )
+_INSIDE: Final = re.compile(r"/api/v1/namespaces/[^/]+/pods/(?P<pod>[^/]+)/(?P<what>proxy/status|exec)")
 _TOO_OLD_CONTINUE: Final = (
     "The provided continue parameter is too old to display a consistent list result. You can start a new list without "
     "the continue parameter, or use the continue token in this response to retrieve the remainder of the results."
@@ -239,6 +240,8 @@ class KubernetesApi(ApiServer):
         self.collections = {name: Collection(name) for name in RESOURCES}
         self.logs = PodLogs(self.changed)  # what the pods' containers printed
         self.uid = KUBE_SYSTEM_UID
+        self.proxied: dict[str, Response] = {}  # "pod:port" -> what its /status answers
+        self.files: dict[str, bytes] = {}  # Pod -> what exec prints of a file; it must be allowed by `writable`
         self.denied: set[str] = set()  # rights that a review denies: "list jobs", "get pods/log"
         self.expired_in_stream = True  # how a watch is told that its version is too old: ERROR event, else HTTP 410
         self.watches: set[Watch] = set()
@@ -312,6 +315,10 @@ class KubernetesApi(ApiServer):
         if request.path == REVIEWS:
             exchange.send(self._review(exchange.document()))
             return
+        inside = _INSIDE.fullmatch(request.path)
+        if inside:
+            self._inside(exchange, inside["pod"], inside["what"])
+            return
         route = _ROUTE.fullmatch(request.path)
         if not route or RESOURCES[route["resource"]].prefix != route["prefix"]:
             exchange.send(self._other(request.path))
@@ -336,6 +343,18 @@ class KubernetesApi(ApiServer):
     def _wait_while_held(self) -> None:
         with self.changed:
             self.changed.wait_for(lambda: not self._held or self.stopping)
+
+    def _inside(self, exchange: Exchange, pod: str, what: str) -> None:
+        """Answer for a Pod itself: its sidecar, or a command in it."""
+        pod = unquote(pod)
+        if what == "proxy/status":
+            exchange.send(self.proxied.get(pod) or refusal(404, "NotFound", f'pods "{pod}" not found'))
+        elif pod in self.files:
+            output = self.files[pod]
+            status = {"kind": "Status", "status": "Success"} if output else status_object(500, "", "command terminated")
+            exchange.send_messages([b"\1", b"\2", b"\1" + output, b"\3" + encode(status)])
+        else:
+            exchange.send(refusal(404, "NotFound", f'pods "{pod}" not found'))
 
     def _review(self, review: JsonObject) -> Response:
         asked = review["spec"]["resourceAttributes"]

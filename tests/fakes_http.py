@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import gzip
+import hashlib
 import json
 import select
 import socket
@@ -197,6 +198,21 @@ class Exchange(BaseHTTPRequestHandler):
         """Send the closing chunk."""
         self.wfile.write(b"0\r\n\r\n")
 
+    def send_messages(self, messages: Iterable[bytes]) -> None:
+        """Accept a WebSocket (RFC 6455), send these as binary messages, the last in two fragments, and close it."""
+        accept = hashlib.sha1(f"{self.headers['Sec-WebSocket-Key']}258EAFA5-E914-47DA-95CA-C5AB0DC85B11".encode())  # noqa: S324
+        self.send_response(101)
+        self.send_header("Upgrade", "websocket")
+        self.send_header("Connection", "Upgrade")
+        self.send_header("Sec-WebSocket-Accept", base64.b64encode(accept.digest()).decode())
+        self.send_header("Sec-WebSocket-Protocol", self.headers["Sec-WebSocket-Protocol"].split(",")[0].strip())
+        self.end_headers()
+        for message in messages:
+            half = len(message) // 2
+            self.wfile.write(_frame(0x02, message[:half]) + _frame(0x80, message[half:]))
+        self.wfile.write(_frame(0x88, b"\x03\xe8"))
+        self.close_connection = True
+
     def hang_up(self, last_words: bytes = b"") -> None:
         """Break the connection without closing chunk or TLS close_notify."""
         if last_words:
@@ -256,6 +272,12 @@ class _Listener(socketserver.ThreadingTCPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         self.api.on_connection_error()
+
+
+def _frame(first: int, data: bytes) -> bytes:
+    """Return a frame of a server's WebSocket."""
+    size = bytes([len(data)]) if len(data) < 126 else b"\x7e" + len(data).to_bytes(2, "big")
+    return bytes([first]) + size + data
 
 
 def drop(connection: socket.socket) -> None:
@@ -323,7 +345,7 @@ class ApiServer:
         request = exchange.seen
         with self.changed:
             self.requests.append(request)
-            if request.method != "GET" and not self._may_post(request):
+            if not self._may_ask(request):
                 self.violations.append(request)
             self.changed.notify_all()
         refused = self._refused(exchange)
@@ -332,12 +354,15 @@ class ApiServer:
         else:
             self.answer(exchange)
 
-    def _may_post(self, request: Request) -> bool:
-        return request.method == "POST" and request.path in self.writable
+    def _may_ask(self, request: Request) -> bool:
+        """Tell whether a request only reads, or was allowed by the test: reviews, and commands in a Pod."""
+        if request.method == "GET" and not request.path.endswith("/exec"):
+            return True
+        return request.method in {"GET", "POST"} and request.path in self.writable
 
     def _refused(self, exchange: Exchange) -> Response | None:
         request = exchange.seen
-        if request.method != "GET" and not self._may_post(request):
+        if not self._may_ask(request):
             message = "the server does not allow this method on the requested resource"
             refused = refusal(405, "MethodNotAllowed", message, details={})
             return refused._replace(headers={"Connection": "close"})  # a body may stand unread
