@@ -19,6 +19,7 @@ Core:
     Text and time         RFC 3339, durations, quantities, ULIDs, safe access to JSON
     Settings: remote      how a daemon is reached over TCP, and how another host's is
     Settings              flags, environment and files -> frozen settings
+    Settings: example     what a config.yaml may say, and what is said
     Kubeconfig            which contexts are fabrik clusters, and what a connection needs
     Projection: reports   what Smithers says of its run, in every dialect
     Projection: objects   Kubernetes objects -> facts
@@ -103,13 +104,16 @@ Shell:
     Commands: reading runs
     Commands: reading runs over time
     Commands: reading SQL
+    Commands: reading settings
     Commands: reading logs
     Commands: daemon and clusters
     Commands: daemon and clusters: doctor
     Commands: installing
     Command line: reading    the commands that read: their arguments, examples and functions
     Command line: commands   every command, its arguments, examples and function
-    Command line          parser, main
+    Command line: parser     words -> a command and its arguments; help, and suggestions for mistyped words
+    Command line: completion   what may stand next, for shells
+    Command line          main
 """
 
 from __future__ import annotations
@@ -340,6 +344,8 @@ SEQ_BLOCK: Final = 10_000  # sequence numbers reserved at once, so that a crash 
 QUERY_ROWS: Final = 10_000
 QUERY_MEMORY_BYTES: Final = 512 * 2**20
 RUN_EVENTS_SHOWN: Final = 1000
+COMPLETED_WORDS: Final = 500  # that a shell is told of
+WATCH_ALIGNED_ROWS: Final = 200  # of a list, that a row which changes is aligned with
 KEPT_LINES_SHOWN: Final = 10  # of those kept, in `runs show`
 MISSED_MAX: Final = 100  # a schedule that missed more than this is simply off
 POOL_THREADS: Final = 16  # of each pool; name look-ups and helper processes take seconds where they hang
@@ -840,6 +846,16 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
+def format_duration(seconds: float) -> str:
+    """Return a duration as parse_duration reads it, with one unit: the largest that leaves no fraction."""
+    if seconds != int(seconds):
+        return f"{seconds * 1000:g}ms"
+    for unit in ("d", "h", "m"):
+        if seconds and seconds % _DURATION_UNITS[unit] == 0:
+            return f"{seconds / _DURATION_UNITS[unit]:g}{unit}"
+    return f"{seconds:g}s"
+
+
 def parse_moment(text: str, now: float) -> float:
     """Return the seconds since 1970 of a time or of how long ago it was: `2h`, `2026-02-16T20:00Z`, `2026-02-16`.
 
@@ -1336,6 +1352,7 @@ class Settings(NamedTuple):
     exposure: Exposure | None = None  # how the daemon is reached over TCP; None: not at all
     socket_group: str | None = None  # whose members may ask, besides the daemon's own user and root
     is_cache_named: bool = False  # else the host's system service may answer as well
+    autostart: bool = True  # the dashboard and what watches start a daemon where none runs
 
 
 class Flags(NamedTuple):
@@ -1350,7 +1367,7 @@ LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 LAOS_SERVICES: Final = ("loki", "alertmanager", "prometheus", "pushgateway")
 ALERT_WAYS: Final = ("off", "direct", "rules")  # direct: the daemon sends them; rules: Prometheus makes them
 _CONFIG_KEYS: Final = (
-    *("cache", "socket", "socketGroup", "logLevel", "keepLogs", "statusSources"),
+    *("cache", "socket", "socketGroup", "logLevel", "keepLogs", "statusSources", "autostart"),
     *("timing", "laos", "metrics"),
 )
 _CLUSTER_KEYS: Final = (
@@ -1372,7 +1389,7 @@ _SERVICE_KEYS: Final = {
     "bearerTokenFile": "bearer_token_file",
     "caFile": "ca_file",
 }
-_TIMING_KEYS: Final = {re.sub(r"_(\w)", lambda match: match[1].upper(), name): name for name in Timing._fields}
+TIMING_KEYS: Final = {re.sub(r"_(\w)", lambda match: match[1].upper(), name): name for name in Timing._fields}
 
 
 def settings_from(flags: Flags, environment: Mapping[str, str], read: Callable[[str], str | None]) -> Settings:
@@ -1398,6 +1415,7 @@ def settings_from(flags: Flags, environment: Mapping[str, str], read: Callable[[
         log_level=values.get("logLevel", "info"),
         timing=values.get("timing", Timing()),
         keep_logs=values.get("keepLogs", True),
+        autostart=values.get("autostart", True),
         status_sources=values.get("statusSources", STATUS_SOURCES[:1]),
         laos=values.get("laos", Laos()),
         metrics_listen=values.get("metrics"),
@@ -1419,7 +1437,7 @@ def parse_config(text: str, where: str, environment: Mapping[str, str] | None = 
                 values[key] = parse_listen(_yaml_text(listen, listen_at, "listen"), listen_at)
         elif key == "logLevel":
             values[key] = _one_of(_yaml_text(node, at, key), LOG_LEVELS, at)
-        elif key == "keepLogs":
+        elif key in ("keepLogs", "autostart"):
             values[key] = _yaml_scalar(node, at, key, bool)
         elif key == "statusSources":
             values[key] = tuple(_one_of(source, STATUS_SOURCES, at) for source in _yaml_list(node, at, key))
@@ -1578,9 +1596,9 @@ def parse_namespaces(names: Sequence[str], where: str) -> tuple[str, ...]:
 
 
 def _timing_items(node: yaml.Node, where: str) -> Iterator[tuple[str, float]]:
-    for key, value, at in _yaml_items(node, where, _TIMING_KEYS):
+    for key, value, at in _yaml_items(node, where, TIMING_KEYS):
         try:
-            yield _TIMING_KEYS[key], parse_duration(_yaml_text(value, at, key))
+            yield TIMING_KEYS[key], parse_duration(_yaml_text(value, at, key))
         except ValueError as error:
             raise ConfigError(f"{at}: {key}: {error}") from None
 
@@ -1652,6 +1670,65 @@ def _one_of(value: str, choices: Iterable[str], at: str) -> str:
     if value not in choices:
         raise ConfigError(f"{at}: {value!r} is not possible here", nearest(value, choices))
     return value
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings: example
+# ----------------------------------------------------------------------------------------------------------------------
+
+_EXAMPLE: Final = """\
+# config.yaml of fabrik-daemon. Each line is a default: take the '# ' away to change it.
+
+# cache: ~/.cache/fabrik/daemon/cache.db   # the database; its folder is for you alone
+# socket: /tmp/fabrik-daemon.sock          # where the daemon listens
+# socketGroup: fabrik                      # members of this group may ask as well (default: nobody)
+# logLevel: info                           # debug, info, warning or error
+# autostart: true                          # 'dashboard', 'runs watch' and lists with -w start a daemon
+# keepLogs: true                           # keep the last 50 log lines of a failed run
+# statusSources: [annotation]              # also: sidecar, exec
+# laos:                                    # the services that hear of runs; the same in a cluster of clusters.yaml
+#   loki: {url: "http://loki.monitoring:3100"}
+# metrics:
+#   listen: 127.0.0.1:9464                 # Prometheus' metrics over TCP too (default: on the socket alone)
+
+# timing:                                  # every interval and deadline
+"""
+
+
+def config_example() -> str:
+    """Return a config.yaml that says nothing yet, with every key in a comment."""
+    names = {name: key for key, name in TIMING_KEYS.items()}
+    defaults = Timing()._asdict().items()
+    return _EXAMPLE + "".join(f"#   {names[name]}: {format_duration(value)}\n" for name, value in defaults)
+
+
+def settings_rows(settings: Settings, flags: Flags, environment: Mapping[str, str], text: str) -> list[JsonObject]:
+    """Return what is set, a row a key, and by what; `text` is config.yaml's. Raises ConfigError."""
+    values = parse_config(text, settings.config, environment)
+    places = []
+    for key, flag, variable in (
+        ("config", flags.config, "FABRIK_CONFIG"),
+        ("cache", flags.cache, "FABRIK_CACHE"),
+        ("socket", flags.socket, "FABRIK_SOCKET"),
+    ):
+        by_file = "config.yaml" if key in values else "default"
+        source = f"--{key}" if flag else variable if environment.get(variable) else by_file
+        places.append({"key": key, "value": getattr(settings, key), "set_by": source})
+    rest = {
+        "socketGroup": settings.socket_group,
+        "logLevel": settings.log_level,
+        "autostart": settings.autostart,
+        "keepLogs": settings.keep_logs,
+        "statusSources": ", ".join(settings.status_sources),
+        "metrics": ":".join(map(str, settings.metrics_listen)) if settings.metrics_listen else None,
+        "laos": ", ".join(name for name, value in settings.laos._asdict().items() if value is not None) or None,
+    }
+    rows = [{"key": k, "value": v, "set_by": "config.yaml" if k in values else "default"} for k, v in rest.items()]
+    names = {name: key for key, name in TIMING_KEYS.items()}
+    for name, value in settings.timing._asdict().items():
+        source = "default" if value == Timing._field_defaults[name] else "config.yaml"
+        rows.append({"key": f"timing.{names[name]}", "value": format_duration(value), "set_by": source})
+    return [*places, *rows]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3819,13 +3896,14 @@ def runs_at(
 def run_from_json(*texts: str) -> Run:
     """Return the run of a row of `changes`, of whatever version of this program; later texts lead."""
     said = {key: value for text in texts for key, value in (parse_json(text) or {}).items()}
-    return run_from_object(said)
+    run: Run = row_from_object(Run, said)
+    return run
 
 
-def run_from_object(said: JsonObject) -> Run:
-    """Return the run of a row that another process told; columns that are not known here are left out."""
-    known = {name: said[name] for name in Run._fields if name in said}
-    return Run(**{**dict.fromkeys(Run._fields[:3], ""), **known})
+def row_from_object(kind: type[TableRow], said: JsonObject) -> Any:
+    """Return the row, one of `kind`, that another process told; columns that are not known here are left out."""
+    known = {name: said[name] for name in kind._fields if name in said}
+    return kind(**{**dict.fromkeys(kind._fields[:3], ""), **known})
 
 
 def _statuses_at(at: str, runs: Iterable[Run], events: Iterable[StatusEvent]) -> Iterator[Run]:
@@ -8012,7 +8090,11 @@ _AWAY_COLOUR: Final = "33"
 
 def field(name: str) -> Callable[[JsonObject, float], str]:
     """Return the cell that shows a row's value as it is."""
-    return lambda row, now: "" if row.get(name) is None else str(row[name])
+    return lambda row, now: "" if row.get(name) is None else _shown(row[name])
+
+
+def _shown(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def age_field(name: str) -> Callable[[JsonObject, float], str]:
@@ -18201,6 +18283,48 @@ def ask(context: Context, action: str, **fields: Any) -> JsonObject | None:
         client.close()
 
 
+def connect_or_start(context: Context, *, may_start: bool) -> Client | RemoteClient:
+    """Return a connection to the daemon, which is started where none runs and that is wished. Raises FabrikError."""
+    client = connect(context.settings, context.warn)
+    if client is not None:
+        return client
+    if not (may_start and context.settings.autostart):
+        raise NotRunningError("the daemon is not running", "run 'fabrik-daemon start'")
+    context.warn("no daemon runs: one is started")
+    return start_in_background(context)
+
+
+def start_in_background(context: Context) -> Client | RemoteClient:
+    """Start the daemon as a process of its own and return a connection to it. Raises with its words where it dies."""
+    settings = context.settings
+    places = ["--config", settings.config] if os.path.exists(settings.config) else []
+    places += ["--cache", settings.cache, *(["--socket", settings.socket] if settings.socket else [])]
+    places += settings.exposure.words if settings.exposure is not None else ["--mode", "host"]
+    environment = {**os.environ, "FABRIK_CONFIG": settings.config}
+    process = subprocess.Popen(
+        own_command("start", "--foreground", "--detach", *places),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,
+        cwd="/",
+    )
+    words = process.stderr.read().decode("utf-8", "replace") if process.stderr is not None else ""  # until it detaches
+    ends_at = time.monotonic() + CLIENT_TIMEOUT_S
+    while time.monotonic() < ends_at:
+        client = connect(settings, own=True)
+        if client is not None:
+            return client
+        if process.poll() is not None and not is_kept_up(settings.cache):
+            break
+        time.sleep(LOCK_POLL_S)  # another start was quicker, and its daemon is about to listen
+    said = [line for line in words.splitlines() if line.startswith("fabrik-daemon: ")]
+    error = StartError(said[-1][len("fabrik-daemon: ") :] if said else "the daemon does not answer", "")
+    error.exit_code = process.returncode or FabrikError.exit_code
+    raise error
+
+
 def tell_source(context: Context, source: str, parts: Sequence[Freshness], max_age_s: float | None = None) -> None:
     """Say on stderr how old an answer is that is not live. Raises StaleError where that is more than is allowed."""
     now = time.time()
@@ -18317,6 +18441,8 @@ WARNINGS: Final = ListOf("warnings", ClusterEvent, WARNING_LIST_COLUMNS)
 
 def runs_list(context: Context, arguments: argparse.Namespace) -> int:
     """List runs, the newest first; with `--at` those of an earlier time."""
+    if arguments.at is not None and arguments.watch:
+        raise UsageError("--at and --watch exclude each other", "what was changes no more")
     return _list(context, arguments, RUNS) if arguments.at is None else _list_past(context, arguments)
 
 
@@ -18355,6 +18481,8 @@ def clusters_list(context: Context, arguments: argparse.Namespace) -> int:
 
 def _list(context: Context, arguments: argparse.Namespace, listing: ListOf) -> int:
     request = list_request(arguments, listing.kind, time.time())
+    if arguments.watch:
+        return _watch(context, arguments, listing, request)
     found = find_rows(context, listing, request)
     tell_source(context, found.source, found.parts, arguments.max_age)
     columns, shown = columns_with_age(listing.columns, found.rows, found.parts)
@@ -18363,8 +18491,48 @@ def _list(context: Context, arguments: argparse.Namespace, listing: ListOf) -> i
     return found.exit_code
 
 
+def _watch(context: Context, arguments: argparse.Namespace, listing: ListOf, request: JsonObject) -> int:
+    """Show a list, then each of its rows that changes."""
+    table = next(name for name, kind in TABLES.items() if kind is listing.kind)
+    wanted, selection = parse_filter(request, LIST_FILTERS[listing.kind]), parse_selection(request, listing.kind)
+    types = EVENT_TYPES[listing.kind]
+    client = connect_or_start(context, may_start=not arguments.no_start)
+    client.wait_forever()
+    begun: list[TableRow] = []
+    shown: list[JsonObject] = []
+    fields = {"clusters": arguments.cluster or ["*"], "filter": {"type": list(types)}, "snapshot": True}
+    for message in client.follow("subscribe", **fields):
+        if message["type"] == "snapshot":
+            begun += (row_from_object(listing.kind, row) for row in message.get(table, ()))
+            if message["last"]:
+                rows = select_rows(filter(wanted.matches, begun), listing.kind, selection)
+                begun, shown = [], [row._asdict() for row in rows]
+                print_rows(context, arguments.output, listing.columns, shown, listing.kind._fields)
+        elif message["type"] in types:
+            row = row_from_object(listing.kind, message["row"])
+            if wanted.matches(row):
+                _print_change(context, arguments.output, listing, shown, row._asdict())
+        elif message["type"] == "lagged":
+            context.warn("changes came faster than they were shown; the list begins anew")
+        context.out.flush()
+    return 0
+
+
+def _print_change(context: Context, output: str, listing: ListOf, shown: Sequence[JsonObject], row: JsonObject) -> None:
+    """Write one row that changed, under the columns of the list before it."""
+    if output in ("table", "wide"):
+        rows = [*shown[:WATCH_ALIGNED_ROWS], row]
+        text = format_table(listing.columns, rows, time.time(), context.width, context.style)
+        context.out.write(text.splitlines()[-1] + "\n")
+    else:
+        is_yaml = "---\n" if output == "yaml" else ""
+        context.out.write(is_yaml + format_answer(row, output, titles=False))
+
+
 def _list_past(context: Context, arguments: argparse.Namespace) -> int:
     """List runs as they were known at an earlier time."""
+    if context.settings.remote is not None:
+        raise UsageError("--at reads the cache of this host", "leave out --remote")
     now = time.time()
     moment = parse_time_argument("--at", arguments.at, now)
     if moment > now:
@@ -18529,7 +18697,7 @@ def _runs_to_wait_for(context: Context, arguments: argparse.Namespace) -> list[R
         raise UsageError("which run?", "name one, or say --spec or --status")
     found = find_rows(context, RUNS, {**request, "filter": wanted} if wanted else request)
     tell_source(context, found.source, found.parts)
-    runs = [run_from_object(row) for row in found.rows]
+    runs = [row_from_object(Run, row) for row in found.rows]
     if not runs and not names:
         raise NotFoundError("no run matches", "see 'fabrik-daemon runs list'")
     return [pick_run(runs, name) for name in names] or runs
@@ -18575,7 +18743,7 @@ def _news_of(context: Context, run_ids: Sequence[str]) -> Iterator[Run]:
 
 
 def _run_told(message: JsonObject, row: JsonObject) -> Run:
-    run = run_from_object(row)
+    run: Run = row_from_object(Run, row)
     is_gone = message["type"] == "run:removed" and run.deleted_at is None
     return run._replace(deleted_at=message.get("localTimestamp")) if is_gone else run
 
@@ -18650,6 +18818,144 @@ def _query_schema(context: Context, arguments: argparse.Namespace) -> int:
     )
     print_rows(context, arguments.output, columns, rows)
     return 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Commands: reading settings
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def config_show(context: Context, arguments: argparse.Namespace) -> int:
+    """Show every setting, and what sets it."""
+    flags = Flags(arguments.config, arguments.cache, arguments.socket)
+    text = read_text(context.settings.config) or ""
+    rows = settings_rows(context.settings, flags, context.environment, text)
+    rows = [row if row["key"] != "socket" or row["value"] else {**row, "value": DEFAULT_SOCKET} for row in rows]
+    columns = (
+        Column("KEY", field("key")),
+        Column("VALUE", field("value"), least=20),
+        Column("SET BY", field("set_by")),
+    )
+    print_rows(context, arguments.output, columns, rows)
+    return 0
+
+
+def config_path(context: Context, arguments: argparse.Namespace) -> int:
+    """Show where everything is."""
+    settings = context.settings
+    places = {
+        "config": settings.config,
+        "clusters": settings.clusters_file,
+        "cache": settings.cache,
+        "socket": settings.socket or socket_candidates(settings)[0],
+        "lock": lock_path(settings.cache),
+        "crash": crash_path(settings.cache),
+    }
+    rows = [{"name": name, "path": path, "exists": os.path.exists(path)} for name, path in places.items()]
+    exists = Column("EXISTS", lambda row, now: "yes" if row["exists"] else "no")
+    print_rows(context, arguments.output, (Column("NAME", field("name")), Column("PATH", field("path")), exists), rows)
+    return 0
+
+
+def config_check(context: Context, arguments: argparse.Namespace) -> int:
+    """Check config.yaml, clusters.yaml and the kubeconfigs that it names; end with 2 where one cannot be used."""
+    del arguments
+    settings = context.settings
+    clusters = parse_clusters(read_text(settings.clusters_file) or "", settings.clusters_file, context.environment)
+    for path, what in ((settings.config, "no clusters in it"), (settings.clusters_file, f"{len(clusters)} clusters")):
+        told = "ok" if path == settings.config else f"ok, {what}"
+        context.out.write(
+            safe_text(f"{path}: {told if os.path.exists(path) else 'not there, which is no fault'}") + "\n"
+        )
+    complaints = list(filter(None, map(_complaint_of, clusters)))
+    for complaint in complaints:
+        context.warn(complaint)
+    return ConfigError.exit_code if complaints else 0
+
+
+def _complaint_of(spec: ClusterSpec) -> str | None:
+    """Return what is wrong with a cluster's kubeconfig, as far as reading it tells."""
+    if spec.kubeconfig == IN_CLUSTER:
+        return None
+    contexts: list[str] = []
+    try:
+        for path in spec.kubeconfig.split(os.pathsep):
+            contexts += [text_at(entry, "name") or "" for entry in list_at(read_kubeconfig(path), "contexts")]
+    except ConfigError as error:
+        return f"{spec.name}: {error}"
+    if spec.context is not None and spec.context not in contexts:
+        return f"{spec.name}: {spec.kubeconfig}: no context {spec.context!r}: {nearest(spec.context, contexts)}"
+    return None
+
+
+def config_init(context: Context, arguments: argparse.Namespace) -> int:
+    """Write a config.yaml that explains every key."""
+    path = context.settings.config
+    if os.path.exists(path) and not arguments.force:
+        raise ConfigError(f"{path}: there is one already", "say --force to write over it")
+    write_whole(path, config_example())
+    context.out.write(safe_text(f"wrote {path}") + "\n")
+    return 0
+
+
+_COMPLETION_SCRIPTS: Final = {
+    "bash": """\
+# bash completion of fabrik-daemon: source <(fabrik-daemon completion bash)
+_fabrik_daemon() {
+    local found
+    COMPREPLY=()
+    while IFS= read -r found; do
+        COMPREPLY+=("$found")
+    done < <("${1/#\\~/$HOME}" _complete bash "$2" "${COMP_LINE:0:COMP_POINT}" 2>/dev/null)
+}
+complete -o bashdefault -o default -F _fabrik_daemon fabrik-daemon fabrik
+""",
+    "zsh": """\
+#compdef fabrik-daemon fabrik
+# zsh completion of fabrik-daemon: source <(fabrik-daemon completion zsh), after compinit
+_fabrik_daemon() {
+    local -a found
+    found=(${(f)"$(${(Q)words[1]} _complete zsh '' "${(j: :)words[1,CURRENT]}" 2>/dev/null)"})
+    if (( ${#found} )); then
+        _describe -V fabrik-daemon found
+    else
+        _files
+    fi
+}
+if [ "$funcstack[1]" = "_fabrik_daemon" ]; then
+    _fabrik_daemon "$@"
+else
+    compdef _fabrik_daemon fabrik-daemon fabrik
+fi
+""",
+    "fish": """\
+# fish completion of fabrik-daemon: fabrik-daemon completion fish | source
+complete -c fabrik-daemon -f -a '(fabrik-daemon _complete fish "" (commandline -cp | string collect) 2>/dev/null)'
+for flag in config cache socket kubeconfig token-file ca-file
+    complete -c fabrik-daemon -r -F -l $flag
+end
+complete -c fabrik -w fabrik-daemon
+""",
+}
+
+
+def completion(context: Context, arguments: argparse.Namespace) -> int:
+    """Print what makes a shell complete this program's words."""
+    context.out.write(_COMPLETION_SCRIPTS[arguments.shell])
+    return 0
+
+
+def write_whole(path: str, text: str) -> None:
+    """Write a file of settings whole or not at all. Raises ConfigError."""
+    folder = os.path.dirname(os.path.abspath(path))
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        file, name = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}-")
+        with open(file, "w", encoding="utf-8") as opened:
+            opened.write(text)
+        os.replace(name, os.path.realpath(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}", "name another place with --config") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -18803,7 +19109,7 @@ def start(context: Context, arguments: argparse.Namespace) -> int:
     client = connect(context.settings, own=True)
     verb = "runs already" if client else "started"
     if client is None:
-        client = _start_in_background(context)
+        client = start_in_background(context)
     context.out.write(f"fabrik-daemon {verb}\n" + format_status(client.ask("status"), time.time(), context.width))
     client.close()
     return 0
@@ -18887,15 +19193,15 @@ def logs(context: Context, arguments: argparse.Namespace) -> int:
 
 def runs_watch(context: Context, arguments: argparse.Namespace) -> int:
     """Show changes of runs as they come."""
-    client = _running(context)
+    client = connect_or_start(context, may_start=not arguments.no_start)
     client.wait_forever()
-    wanted = {"status": arguments.status} if arguments.status else None
+    wanted = {key: getattr(arguments, key) for key in STREAM_FILTERS if getattr(arguments, key, None)}
     fields = {"clusters": arguments.cluster or ["*"], "filter": wanted, "includeHistory": arguments.history}
     for message in client.follow("subscribe", **fields):
-        if arguments.output == "json":
+        if arguments.output in ("json", "jsonl"):
             context.out.write(format_json_line(message))
         elif str(message["type"]).startswith("run:"):
-            context.out.write(format_run_event(message, context.width))
+            context.out.write(format_run_event(message, context.width, context.style))
         elif message["type"] == "lagged":
             context.warn("changes came faster than they were shown; the list begins anew")
         elif message["type"] == "snapshot" and message["runs"]:
@@ -18922,7 +19228,7 @@ def dashboard(context: Context, arguments: argparse.Namespace) -> int:
         settings.cache if is_here else "",
         lambda tell: connect(settings, tell),
         (lambda run_id: open_log(run_id, environment)) if is_here else None,
-        (lambda: _start_in_background(context)) if is_here and not arguments.no_start else None,
+        (lambda: start_in_background(context)) if is_here and settings.autostart and not arguments.no_start else None,
     )
     return run_dashboard(places, DashboardOptions(palette_for(arguments.theme, context.environment), arguments.bell))
 
@@ -19050,37 +19356,6 @@ def _reload_if_running(context: Context) -> None:
         client.close()
 
 
-def _start_in_background(context: Context) -> Client | RemoteClient:
-    """Start the daemon as a process of its own and return a connection to it. Raises with its words where it dies."""
-    settings = context.settings
-    places = ["--config", settings.config] if os.path.exists(settings.config) else []
-    places += ["--cache", settings.cache, *(["--socket", settings.socket] if settings.socket else [])]
-    places += settings.exposure.words if settings.exposure is not None else ["--mode", "host"]
-    environment = {**os.environ, "FABRIK_CONFIG": settings.config}
-    process = subprocess.Popen(
-        own_command("start", "--foreground", "--detach", *places),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env=environment,
-        start_new_session=True,
-        cwd="/",
-    )
-    words = process.stderr.read().decode("utf-8", "replace") if process.stderr is not None else ""  # until it detaches
-    ends_at = time.monotonic() + CLIENT_TIMEOUT_S
-    while time.monotonic() < ends_at:
-        client = connect(settings, own=True)
-        if client is not None:
-            return client
-        if process.poll() is not None and not is_kept_up(settings.cache):
-            break
-        time.sleep(LOCK_POLL_S)  # another start was quicker, and its daemon is about to listen
-    said = [line for line in words.splitlines() if line.startswith("fabrik-daemon: ")]
-    error = StartError(said[-1][len("fabrik-daemon: ") :] if said else "the daemon does not answer", "")
-    error.exit_code = process.returncode or FabrikError.exit_code
-    raise error
-
-
 def _make_daemon(context: Context, log_level: str) -> Daemon:
     def read_clusters() -> list[ClusterSpec]:
         clusters = configured_clusters(context.settings, context.environment)
@@ -19106,16 +19381,8 @@ def _daemon_keeps_it(context: Context) -> int:
 
 def _write_clusters(settings: Settings, clusters: Sequence[ClusterSpec]) -> None:
     """Write clusters.yaml whole or not at all."""
-    path = settings.clusters_file
-    text = "# Written by 'fabrik-daemon clusters'; edit it as you like.\n" + format_clusters(clusters)
-    try:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
-        file, name = tempfile.mkstemp(dir=os.path.dirname(os.path.abspath(path)), prefix=".clusters-")
-        with open(file, "w", encoding="utf-8") as opened:
-            opened.write(text)
-        os.replace(name, os.path.realpath(path))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}", "name another place with --config") from None
+    head = "# Written by 'fabrik-daemon clusters'; edit it as you like.\n"
+    write_whole(settings.clusters_file, head + format_clusters(clusters))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -19322,8 +19589,14 @@ def _selection_arguments(parser: argparse.ArgumentParser) -> None:
     _column_argument(parser, "--namespace", "namespace", "only this namespace's")
 
 
+def _start_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--no-start", action="store_true", help="start no daemon where none runs")
+
+
 def _list_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what every list of rows takes."""
+    parser.add_argument("-w", "--watch", action="store_true", help="then go on with each row that changes")
+    _start_argument(parser)
     parser.add_argument(
         "--since", metavar="TIME", help="only what is not older: 24h, 7d, 2026-02-16, 2026-02-16T20:00Z"
     )
@@ -19420,6 +19693,14 @@ def _seconds_argument(text: str) -> float:
     return parse_duration(text)
 
 
+def _config_init_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="write over the one that is there")
+
+
+def _completion_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), metavar="SHELL", help="bash, zsh or fish")
+
+
 def _query_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sql", nargs="?", metavar="SQL", help="one SELECT; @FILE takes it from a file, - from stdin")
     parser.add_argument("--schema", action="store_true", help="show tables, views and columns, and what they mean")
@@ -19446,6 +19727,7 @@ def _parameter(text: str) -> tuple[str, str | int | float]:
 def _runs_watch_arguments(parser: argparse.ArgumentParser) -> None:
     _selection_arguments(parser)
     parser.add_argument("--history", type=count_argument, metavar="N", help="begin with the last N changes")
+    _start_argument(parser)
     output_argument(parser)
 
 
@@ -19547,6 +19829,37 @@ READING: Final = (
         ),
         _query_arguments,
         query,
+    ),
+    Command(
+        "config show",
+        "show every setting, and what sets it",
+        ("config show", "config show -o json"),
+        output_argument,
+        config_show,
+    ),
+    Command(
+        "config path", "show where everything is", ("config path", "config path -o json"), output_argument, config_path
+    ),
+    Command(
+        "config check",
+        "check config.yaml, clusters.yaml and the kubeconfigs they name",
+        ("config check", "config check --config ./config.yaml"),
+        lambda parser: None,
+        config_check,
+    ),
+    Command(
+        "config init",
+        "write a config.yaml that explains every key",
+        ("config init", "config init --config ./config.yaml"),
+        _config_init_arguments,
+        config_init,
+    ),
+    Command(
+        "completion",
+        "print what makes a shell complete commands, run ids, clusters and the like",
+        ("completion bash > ~/.local/share/bash-completion/completions/fabrik-daemon",),
+        _completion_arguments,
+        completion,
     ),
 )
 
@@ -19778,12 +20091,10 @@ COMMANDS: Final = (
 )
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Command line
+# Command line: parser
 # ----------------------------------------------------------------------------------------------------------------------
 
-_HELPERS: Final = {"_credentials": credentials_helper, "_query": query_helper}
-_HELP_FLAGS: Final = frozenset(("-h", "--help"))
-_GLOBAL_FLAGS: Final = {
+GLOBAL_FLAGS: Final = {
     "--config": ("PATH", "where config.yaml is"),
     "--cache": ("PATH", "where cache.db is"),
     "--socket": ("PATH", "where the daemon's socket is"),
@@ -19791,7 +20102,6 @@ _GLOBAL_FLAGS: Final = {
     "--token-file": ("PATH", "where the token of a remote daemon is (default: $FABRIK_TOKEN)"),
     "--ca-file": ("PATH", "the authorities for its certificate (default: this host's)"),
 }
-_REMOTE_COMMANDS: Final = frozenset(("status", "runs list", "runs show", "runs watch", "clusters list", "dashboard"))
 
 
 def find_command(words: Sequence[str]) -> tuple[Command, list[str]]:
@@ -19818,6 +20128,9 @@ def make_parser(command: Command) -> argparse.ArgumentParser:
             hint = f"see 'fabrik-daemon {command.words} --help'"
             if flag:
                 hint = nearest(flag[1], re.findall(r"--[a-z-]+", self.format_usage()))
+            choice = re.fullmatch(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message, re.DOTALL)
+            if choice:
+                message, hint = f"{choice[1]}: no {choice[2]!r}", nearest(choice[2], re.findall(r"[\w-]+", choice[3]))
             raise UsageError(message, hint)
 
     examples = "".join(f"  fabrik-daemon {example}\n" for example in command.examples)
@@ -19836,17 +20149,9 @@ def make_parser(command: Command) -> argparse.ArgumentParser:
     parser.add_argument(
         "--color", choices=("auto", "always", "never"), default="auto", help="colours (default: on a terminal)"
     )
-    for flag, (metavar, what) in _GLOBAL_FLAGS.items():
+    for flag, (metavar, what) in GLOBAL_FLAGS.items():
         parser.add_argument(flag, metavar=metavar, help=what)
     return parser
-
-
-def style_from(arguments: argparse.Namespace, environment: Mapping[str, str], *, is_terminal: bool) -> Style:
-    """Return how tables are drawn; `--color` leads, then NO_COLOR (no-color.org), then whether it is a terminal."""
-    plain = bool(environment.get("NO_COLOR")) or environment.get("TERM", "dumb") == "dumb"
-    colour = arguments.color == "always" or (arguments.color == "auto" and is_terminal and not plain)
-    titles = not getattr(arguments, "no_headers", False)
-    return Style(colour, titles, getattr(arguments, "output", None) == "wide")
 
 
 def help_of(words: Sequence[str]) -> str:
@@ -19871,8 +20176,136 @@ def format_help() -> str:
         f"commands:\n{_command_lines(COMMANDS)}\n"
         "'fabrik-daemon COMMAND --help' shows a command's arguments and examples.\n"
         "exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 no such run or cluster,\n"
-        "            4 the daemon is not running, 5 a cluster did not answer, 9 refused, 130 interrupted\n"
+        "            4 the daemon is not running, 5 a cluster did not answer, 6 older than --max-age,\n"
+        "            7 timed out, 8 query --fail-if matched, 9 refused, 130 interrupted\n"
     )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line: completion
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class _Word(NamedTuple):
+    """What a word on the command line may be, and what that is."""
+
+    text: str
+    meaning: str = ""
+
+
+def complete_words(shell: str, current: str, line: str, environment: Mapping[str, str]) -> str:
+    """Return what may stand at the end of a command line, a line each, as the shell wants it.
+
+    `current` is the part of the last word that bash would replace. Only the cache is asked; what goes wrong is nothing.
+    """
+    words = line.split()[1:] + ([""] if line[-1:].isspace() else [])
+    while len(words) > 1 and words[0].startswith("--"):
+        words = words[1 if "=" in words[0] else 2 :]
+    words = words[1:] if words[:1] == ["daemon"] and len(words) > 1 else words
+    if not words:
+        return ""
+    try:
+        settings = settings_from(Flags(), environment, read_text)
+        found = _words_after(words[:-1], words[-1], settings.cache)
+    except FabrikError:
+        found = []
+    last, told = words[-1], []
+    cut = len(last) - len(current) if shell == "bash" and last.endswith(current) else 0
+    for word in found:
+        if word.text.startswith(last) and re.fullmatch(
+            r"[\w@%+=:,./-]+", word.text, re.ASCII
+        ):  # a shell takes it as it is
+            told.append(_format_word(shell, word.text[cut:], safe_text(word.meaning)))
+    return "".join(dict.fromkeys(told))
+
+
+def _format_word(shell: str, text: str, meaning: str) -> str:
+    if shell == "zsh":
+        return text.replace(":", "\\:") + (f":{meaning}" if meaning else "") + "\n"
+    return f"{text}\t{meaning}\n" if shell == "fish" and meaning else f"{text}\n"
+
+
+def _words_after(before: Sequence[str], last: str, cache: str) -> list[_Word]:
+    """Return what may follow some words: the next word of a command, a flag, or the value of one."""
+    begun = [command for command in COMMANDS if command.words.split()[: len(before)] == list(before)]
+    following = [
+        _Word(command.words.split()[len(before)], command.summary)
+        for command in begun
+        if command.words.split()[len(before) :]
+    ]
+    if following:
+        groups = {word.text for word in following if sum(other.text == word.text for other in following) > 1}
+        return [_Word(word.text) if word.text in groups else word for word in following]
+    command, rest = find_command(before)
+    actions: list[argparse.Action] = vars(make_parser(command))["_actions"]  # argparse tells of them nowhere else
+    flags = {flag: action for action in actions for flag in action.option_strings if action.help != argparse.SUPPRESS}
+    name, equals, _ = last.partition("=")
+    if equals and name in flags:
+        return [_Word(f"{name}={word.text}", word.meaning) for word in _values_of(flags[name], command, cache)]
+    if rest and rest[-1] in flags and flags[rest[-1]].nargs != 0:
+        return _values_of(flags[rest[-1]], command, cache)
+    if last.startswith("-"):
+        return [
+            _Word(flag, action.help or "") for flag, action in flags.items() if flag.startswith("--") or last == flag
+        ]
+    places = [action for action in actions if not action.option_strings]
+    return [word for action in places for word in _values_of(action, command, cache)]
+
+
+def _values_of(action: argparse.Action, command: Command, cache: str) -> list[_Word]:
+    """Return what an argument's value may be, as far as this program or the cache knows it."""
+    if action.choices is not None:
+        return [_Word(str(choice)) for choice in action.choices]
+    if action.dest == "sort_by":
+        kind = next((kind for table, kind in _COMPLETED_LISTS.items() if command.words.startswith(table)), Run)
+        return [_Word(name) for name in kind._fields]
+    if action.metavar == "RUN":
+        named = [_Word(f"@{word}", f"the newest {word} run") for word in ("latest", BLOCKED, FAILED, RUNNING)]
+        found = _column_in_cache(cache, "SELECT run_id, coalesce(status, 'unknown') || ' ' || coalesce(spec_id, '')")
+        return [*named, *found] if found else []
+    if action.dest == "cluster" or (action.metavar == "NAME" and command.words.startswith("clusters ")):
+        return _column_in_cache(cache, "SELECT name, server", "FROM clusters ORDER BY priority, name")
+    if action.dest in ("spec_id", "project", "template", "phase", "namespace"):
+        table = next((table for table in ("volumes", "schedules") if command.words.startswith(table)), "runs")
+        return _column_in_cache(cache, f"SELECT DISTINCT {action.dest}, ''", f"FROM {table} ORDER BY 1")
+    return []
+
+
+_COMPLETED_LISTS: Final[dict[str, type[TableRow]]] = {
+    "schedules": Schedule,
+    "volumes": Volume,
+    "warnings": ClusterEvent,
+}
+_NEWEST_RUNS: Final = "FROM runs ORDER BY created_at DESC, run_id DESC"
+
+
+def _column_in_cache(cache: str, columns: str, rest: str = _NEWEST_RUNS) -> list[_Word]:
+    with contextlib.closing(CacheReader(cache)) as reader:
+        rows = reader.rows(f"{columns} {rest} LIMIT {COMPLETED_WORDS}")
+    values = (tuple(row.values()) for row in rows)
+    return [_Word(str(text), str(meaning or "")) for text, meaning in values if text]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+_HELP_FLAGS: Final = frozenset(("-h", "--help"))
+_REMOTE_COMMANDS: Final = frozenset(
+    (
+        *("status", "runs list", "runs show", "runs watch", "runs wait", "clusters list", "dashboard"),
+        *("schedules list", "volumes list", "warnings list"),
+    )
+)
+_HELPERS: Final = {"_credentials": credentials_helper, "_query": query_helper}
+
+
+def style_from(arguments: argparse.Namespace, environment: Mapping[str, str], *, is_terminal: bool) -> Style:
+    """Return how tables are drawn; `--color` leads, then NO_COLOR (no-color.org), then whether it is a terminal."""
+    plain = bool(environment.get("NO_COLOR")) or environment.get("TERM", "dumb") == "dumb"
+    colour = arguments.color == "always" or (arguments.color == "auto" and is_terminal and not plain)
+    titles = not getattr(arguments, "no_headers", False)
+    return Style(colour, titles, getattr(arguments, "output", None) == "wide")
 
 
 def _split_global_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -19881,9 +20314,9 @@ def _split_global_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
     rest = list(words)
     while rest and rest[0].startswith("--") and rest[0] not in ("--help", "--version"):
         flag, equals, _ = rest[0].partition("=")
-        if flag not in _GLOBAL_FLAGS:
+        if flag not in GLOBAL_FLAGS:
             raise UsageError(
-                f"no flag {flag!r} before a command", nearest(flag, (*_GLOBAL_FLAGS, "--help", "--version"))
+                f"no flag {flag!r} before a command", nearest(flag, (*GLOBAL_FLAGS, "--help", "--version"))
             )
         size = 1 if equals else 2
         if len(rest) < size:
@@ -19899,6 +20332,9 @@ def _dispatch(argv: Sequence[str], out: TextIO, errors: TextIO) -> int:
         words = words[1:]
     if words[:1] and words[0] in _HELPERS:
         return _HELPERS[words[0]](words[1], words[2], out)
+    if words[:1] == ["_complete"]:
+        out.write(complete_words(words[1], words[2], words[3], os.environ))
+        return 0
     if not words:
         raise UsageError("a command is missing", "see 'fabrik-daemon --help'")
     if words[0] in ("--version", "help") or set(words) & _HELP_FLAGS:
@@ -19911,9 +20347,9 @@ def _dispatch(argv: Sequence[str], out: TextIO, errors: TextIO) -> int:
     try:
         settings = settings_from(places, os.environ, read_text)
     except ConfigError:
-        if command.words != "doctor":
+        if command.words not in ("doctor", "config init"):
             raise
-        settings = settings_from(places, os.environ, lambda _: "")  # it tells of the error itself
+        settings = settings_from(places, os.environ, lambda _: "")  # it tells of the error itself, or ends it
     settings = settings._replace(cache=os.path.abspath(settings.cache))  # the daemon's own folder is another
     if settings.socket is not None:
         settings = settings._replace(socket=os.path.abspath(settings.socket))
