@@ -155,7 +155,7 @@ def test_what_is_for_the_daemons_own_host_is_refused(remote: RemoteHost, words: 
 
 
 def test_what_only_a_cache_can_answer_is_not_answered_from_the_wrong_one(remote: RemoteHost) -> None:
-    refused(remote.ask("runs", "list", "--at", "1m"), 9, "--at is answered from a daemon's own cache")
+    refused(remote.ask("runs", "list", "--at", "1m"), 2, "--at reads the cache of this host")
 
 
 def test_a_place_on_this_host_leads_over_the_environment(remote: RemoteHost) -> None:
