@@ -6,6 +6,7 @@ unset PYTHONPATH PYTHONHOME PYTHONOPTIMIZE VIRTUAL_ENV
 export PIP_DISABLE_PIP_VERSION_CHECK=1 LC_ALL=C
 
 UV_VERSION=0.13.9 # only ./build.sh lock uses it
+AUDIT_VERSION=2.10.1 # of pip-audit; only ./build.sh audit uses it
 BUILD_TOOLS='shiv|click|pip|setuptools' # the part of tests/requirements.lock that ./build.sh alone needs
 
 usage() {
@@ -14,6 +15,7 @@ usage: ./build.sh [COMMAND]
 
   ./build.sh                make dist/fabrik-daemon from requirements.lock with shiv; the same commit gives the same bytes
   ./build.sh test [ARG...]  make .venv with the locked tools, build, then ruff, mypy and pytest; ARGs go to pytest
+  ./build.sh audit [ARG...] look the locked versions up among known vulnerabilities; ARGs go to pip-audit
   ./build.sh lock [ARG...]  resolve requirements.lock and tests/requirements.lock again; ARGs go to uv (--upgrade)
   ./build.sh --help         show this
 
@@ -95,6 +97,108 @@ libraries() {
     fail "a library brings a .pth file, which the executable's direct entry would not read"
   fi
   printf '%s\n' "$stamp" >build/libraries.stamp
+}
+
+# Writes what the tree $1 is made of as a CycloneDX bill of materials into the tree, from requirements.lock and the
+# libraries' own words; `fabrik-daemon licenses` shows it.
+bill_of_materials() {
+  "$python" - "$1" <<'END'
+import datetime
+import email
+import hashlib
+import json
+import os
+import re
+import sys
+import uuid
+
+# What libraries call the licence whose SPDX name they do not say.
+SPDX = {
+    "MIT": "MIT",
+    "MIT License": "MIT",
+    "Apache-2.0": "Apache-2.0",
+    "Apache License Version 2.0": "Apache-2.0",
+    "BSD-3-Clause": "BSD-3-Clause",
+    "ISC": "ISC",
+    "MPL-2.0": "MPL-2.0",
+    "cronsim: License :: OSI Approved :: BSD License": "BSD-3-Clause",
+    "markdown-it-py: License :: OSI Approved :: MIT License": "MIT",
+    "mdit-py-plugins: License :: OSI Approved :: MIT License": "MIT",
+    "mdurl: License :: OSI Approved :: MIT License": "MIT",
+    "python-dateutil: Dual License": "Apache-2.0 AND BSD-3-Clause",
+}
+
+tree = sys.argv[1]
+
+
+def normal(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def licence(name, metadata):
+    said = metadata["License-Expression"]
+    if said:
+        return said
+    words = [metadata["License"] or "", *metadata.get_all("Classifier", [])]
+    for word in words:
+        found = SPDX.get(f"{name}: {word}") or SPDX.get(word)
+        if found:
+            return found
+    sys.exit(f"build.sh: {name} does not say its licence in SPDX's words; add {words} to SPDX in build.sh")
+
+
+def component(kind, name, version, text):
+    purl = f"pkg:pypi/{name}@{version}"
+    shown = {"type": kind, "bom-ref": purl, "name": name, "version": version, "purl": purl, "description": text}
+    return {key: value for key, value in shown.items() if value}
+
+
+with open("fabrik_daemon.py", "rb") as file:
+    module = file.read()
+with open("requirements.lock", encoding="utf-8") as file:
+    lock = file.read()
+version = re.search(rb'^__version__ = "(.+)"$', module, re.M)[1].decode()
+program = component("application", "fabrik-daemon", version, "Follows fabrik's Kubernetes clusters")
+program["hashes"] = [{"alg": "SHA-256", "content": hashlib.sha256(module).hexdigest()}]  # of fabrik_daemon.py
+
+refs, wanted_by = {"fabrik-daemon": program["bom-ref"]}, {}
+for name, pinned, block in re.findall(r"^(\S+)==(\S+) (.*?)(?=^\S|\Z)", lock, re.M | re.S):
+    refs[name] = f"pkg:pypi/{name}@{pinned}"
+    vias = re.findall(r"^    # +(?:via +)?([A-Za-z0-9][A-Za-z0-9._-]*)", block, re.M)
+    wanted_by[name] = {normal(via) for via in vias if via != "via"}
+
+components = []
+for folder in sorted(os.listdir(tree)):
+    if folder.endswith(".dist-info"):
+        with open(os.path.join(tree, folder, "METADATA"), encoding="utf-8") as file:
+            metadata = email.message_from_file(file)
+        name = normal(metadata["Name"])
+        found = component("library", name, metadata["Version"], metadata["Summary"])
+        if refs.get(name) != found["bom-ref"]:
+            sys.exit(f"build.sh: {found['bom-ref']} is not what requirements.lock says")
+        components.append({**found, "licenses": [{"expression": licence(name, metadata)}]})
+if len(components) != len(wanted_by):
+    sys.exit("build.sh: requirements.lock and the libraries differ")
+components.sort(key=lambda found: found["name"])
+
+depends = [
+    {"ref": ref, "dependsOn": sorted(refs[other] for other, users in wanted_by.items() if name in users)}
+    for name, ref in sorted(refs.items())
+]
+moment = datetime.datetime.fromtimestamp(int(os.environ["SOURCE_DATE_EPOCH"]), datetime.timezone.utc)
+bill = {
+    "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
+    "bomFormat": "CycloneDX",
+    "specVersion": "1.6",
+    "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_URL, hashlib.sha256(module + lock.encode()).hexdigest())}",
+    "version": 1,
+    "metadata": {"timestamp": moment.isoformat(), "component": program},
+    "components": components,
+    "dependencies": depends,
+}
+with open(os.path.join(tree, "fabrik-daemon.cdx.json"), "w", encoding="utf-8") as file:
+    json.dump(bill, file, indent=1)
+END
 }
 
 # The executable's __main__.py. Python 2.7 and 3.6 must be able to parse it, and every start compiles it: keep it short.
@@ -198,7 +302,10 @@ def main():
     switched = any(key.startswith("SHIV_") and key != "SHIV_ROOT" for key in os.environ)
     unwritable = []
     for place in places:
-        place = os.path.realpath(os.path.expanduser(place))
+        place = os.path.expanduser(place)
+        if place.startswith("~"):
+            continue  # nobody knows this user's home
+        place = os.path.realpath(place)
         tree = os.path.join(place, name)
         found = enterable(tree)
         if found and not switched:
@@ -276,6 +383,7 @@ build() {
     SOURCE_DATE_EPOCH=$(git log -1 --format=%ct 2>/dev/null) || SOURCE_DATE_EPOCH=315532800
   fi
   export SOURCE_DATE_EPOCH
+  bill_of_materials build/tree
   "$tools/bin/python" -W ignore::DeprecationWarning -m shiv --reproducible --uncompressed --entry-point fabrik_daemon:run \
     --site-packages build/tree --output-file build/bundle.pyz
   bundle_main >build/bundle_main.py
@@ -317,6 +425,21 @@ lock() {
     --group dev --constraint requirements.lock "$@" --output-file tests/requirements.lock
 }
 
+audit() {
+  [[ -x build/audit/bin/pip-audit ]] || "$python" -m venv build/audit
+  build/audit/bin/python -m pip install -qq "pip-audit==$AUDIT_VERSION"
+  local ignored=() id reason
+  while read -r id reason; do
+    if [[ -n $id && $id != \#* ]]; then
+      [[ -n $reason ]] || fail "tests/audit-ignored.txt: $id has no reason"
+      ignored+=(--ignore-vuln "$id")
+    fi
+  done <tests/audit-ignored.txt
+  build/audit/bin/pip-audit --requirement requirements.lock --disable-pip --require-hashes --strict \
+    --progress-spinner off ${ignored[@]+"${ignored[@]}"} "$@" ||
+    fail "something is known of these versions, or the package index here does not tell what is (PyPI's JSON API does)"
+}
+
 cd "$(dirname "${BASH_SOURCE[0]}")"
 case ${1-build} in
   -h | --help | help) usage ;;
@@ -327,6 +450,10 @@ case ${1-build} in
   test)
     python=$(find_python)
     test_all "${@:2}"
+    ;;
+  audit)
+    python=$(find_python)
+    audit "${@:2}"
     ;;
   lock)
     python=$(find_python)

@@ -97,6 +97,7 @@ Shell:
     Dashboard: screens    the Textual app
     Services              service-templates/ -> units and manifests
     Services: installing  the host's service managers: files and commands
+    Services: unpacked copies  of the executable: which are in use, which are old
     Services: demo server   an API server on loopback that plays a script
     Services: demo        scripted clusters, a daemon that follows them, and what is shown of it
     Commands: reading     one function per command
@@ -351,6 +352,7 @@ MISSED_MAX: Final = 100  # a schedule that missed more than this is simply off
 POOL_THREADS: Final = 16  # of each pool; name look-ups and helper processes take seconds where they hang
 LOG_RING_LINES: Final = 2000
 SKEW_MIN_S: Final = 2.0  # an HTTP Date has whole seconds: less than this is no skew
+BILL_OF_MATERIALS: Final = "fabrik-daemon.cdx.json"  # beside the module in the executable; build.sh makes it
 K3S_KUBECONFIG: Final = "/etc/rancher/k3s/k3s.yaml"
 STATUS_FILE: Final = "/workspace/.smithers/status.json"
 IN_CLUSTER: Final = "in-cluster"  # in place of a kubeconfig's path: the Pod's service account
@@ -8218,6 +8220,11 @@ DISCOVERY_COLUMNS: Final = (
     Column("CONTEXT", field("context")),
     Column("KUBECONFIG", field("kubeconfig"), least=20),
     Column("STATUS", field("status")),
+)
+LICENCE_COLUMNS: Final = (
+    Column("LIBRARY", field("name")),
+    Column("VERSION", field("version")),
+    Column("LICENCE", field("licence")),
 )
 _AS_OF: Final = Column("AS OF", age_field("as_of"), paint=lambda row: _AWAY_COLOUR)
 
@@ -17779,6 +17786,75 @@ _FIRST_SETTINGS: Final = {
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Services: unpacked copies
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+ORIGIN_FILE: Final = ".origin"  # in an unpacked copy: the executable's path; who uses the copy for long has it locked
+_GONE: Final = ".gone-"
+
+
+def unpacked_copy() -> str:
+    """Return the folder into which the running executable was unpacked."""
+    return os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def hold_unpacked() -> None:
+    """Keep our copy from being cleaned away while this process runs: modules are still read from it."""
+    with contextlib.suppress(OSError):
+        file = os.open(os.path.join(unpacked_copy(), ORIGIN_FILE), os.O_RDONLY | os.O_CLOEXEC)
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def note_unpacked(executable: str) -> None:
+    """Note in our copy, which was unpacked just now, whose it is."""
+    with contextlib.suppress(OSError):
+        file = os.open(os.path.join(unpacked_copy(), ORIGIN_FILE), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(file, 0)  # never another file in its place: this one may be locked already
+            os.pwrite(file, os.fsencode(executable), 0)
+        finally:
+            os.close(file)
+
+
+def clean_unpacked() -> None:
+    """Take away copies beside ours of what ours has replaced, and of executables that are gone, unless in use."""
+    folder, own = os.path.split(unpacked_copy())
+    origin = _origin_of(os.path.join(folder, own))
+    if origin is None:
+        return
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        if name.startswith(_GONE):
+            shutil.rmtree(path, ignore_errors=True)  # a process was killed over it
+            continue
+        its_origin = _origin_of(path)
+        if name != own and its_origin is not None and (its_origin == origin or not os.path.exists(its_origin)):
+            _remove_copy(folder, name)
+
+
+def _origin_of(copy: str) -> str | None:
+    try:
+        with open(os.path.join(copy, ORIGIN_FILE), "rb") as file:
+            return os.fsdecode(file.read())
+    except OSError:
+        return None
+
+
+def _remove_copy(folder: str, name: str) -> None:
+    path, gone = os.path.join(folder, name), os.path.join(folder, f"{_GONE}{name}")
+    with contextlib.suppress(OSError):
+        file = os.open(os.path.join(path, ORIGIN_FILE), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.rename(path, gone)
+            shutil.rmtree(gone, ignore_errors=True)
+            os.unlink(os.path.join(folder, f".{name}_lock"))  # the unpacking's
+        finally:
+            os.close(file)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Services: demo server
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -19099,6 +19175,7 @@ def start(context: Context, arguments: argparse.Namespace) -> int:
         except AlreadyRunningError as error:
             context.warn(str(error))
             return 0
+        threading.Thread(target=clean_unpacked, daemon=True).start()
         daemon.run(lambda: detach(context.settings.cache) if arguments.detach else None)
         end_without_words(context.settings.cache)
         return 0
@@ -19531,6 +19608,41 @@ def _hints(installation: Installation, *, now: bool) -> Iterator[str]:
         yield f"it starts with the next {moment}, or now: {starts[installation.manager]}"
 
 
+def licenses(context: Context, arguments: argparse.Namespace) -> int:
+    """Tell what the executable carries, and under which licences."""
+    bill = read_text(os.path.join(os.path.dirname(os.path.abspath(__file__)), BILL_OF_MATERIALS))
+    if bill is None:
+        raise NotFoundError("there is no bill of materials", "it is part of the executable that ./build.sh makes")
+    if arguments.sbom:
+        context.out.write(f"{bill}\n")
+        return 0
+    rows = [_licence_row(component) for component in list_at(json.loads(bill), "components")]
+    if arguments.texts:
+        for row in rows:
+            context.out.write(f"---- {row['name']} {row['version']} ({row['licence']})\n\n")
+            context.out.writelines(f"{text.strip()}\n\n" for text in _licence_texts(str(row["name"])))
+        return 0
+    print_answer(context, arguments.output, rows, lambda now: format_table(LICENCE_COLUMNS, rows, now, context.width))
+    return 0
+
+
+def _licence_row(component: JsonObject) -> JsonObject:
+    licence = " AND ".join(str(part.get("expression")) for part in list_at(component, "licenses"))
+    return {"name": component["name"], "version": component["version"], "licence": licence}
+
+
+def _licence_texts(name: str) -> Iterator[str]:
+    """Yield the texts of a library's licences, as it brings them."""
+    libraries = os.path.dirname(os.path.abspath(__file__))
+    for folder in sorted(os.listdir(libraries)):
+        library = folder[: -len(".dist-info")].rpartition("-")[0] if folder.endswith(".dist-info") else ""
+        if re.sub(r"[-_.]+", "-", library).lower() == name:
+            for where, _, files in os.walk(os.path.join(libraries, folder)):
+                for file in sorted(files):
+                    if file.startswith(("LICENSE", "NOTICE", "COPYING", "AUTHORS")):
+                        yield read_text(os.path.join(where, file)) or ""
+
+
 def manifests(context: Context, arguments: argparse.Namespace) -> int:
     """Print what puts the daemon, and what watches it, into a cluster."""
     context.out.write(format_manifest(arguments.kind, dict(arguments.set)))
@@ -19945,6 +20057,12 @@ def _manifests_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _licenses_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--texts", action="store_true", help="the licences themselves")
+    parser.add_argument("--sbom", action="store_true", help="the whole bill of materials, CycloneDX 1.6 in JSON")
+    _output_argument(parser)
+
+
 def _service_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", action="store_true", help="the host's, with a user of its own, instead of yours")
     parser.add_argument("--manager", choices=MANAGERS, help="instead of the one that runs this host")
@@ -20080,6 +20198,13 @@ COMMANDS: Final = (
         ("uninstall-service", "uninstall-service --system"),
         _service_arguments,
         uninstall_service,
+    ),
+    Command(
+        "licenses",
+        "show the libraries in the executable and their licences",
+        ("licenses", "licenses --texts", "licenses --sbom"),
+        _licenses_arguments,
+        licenses,
     ),
     Command(
         "manifests",
@@ -20298,6 +20423,7 @@ _REMOTE_COMMANDS: Final = frozenset(
     )
 )
 _HELPERS: Final = {"_credentials": credentials_helper, "_query": query_helper}
+_LONG_COMMANDS: Final = frozenset(("start", "demo", "sync", "logs", "runs watch", "runs logs", "dashboard", "wait"))
 
 
 def style_from(arguments: argparse.Namespace, environment: Mapping[str, str], *, is_terminal: bool) -> Style:
@@ -20342,6 +20468,8 @@ def _dispatch(argv: Sequence[str], out: TextIO, errors: TextIO) -> int:
         out.write(f"fabrik-daemon {__version__}\n" if words[0] == "--version" else help_of(wanted))
         return 0
     command, rest = find_command(words)
+    if command.words in _LONG_COMMANDS:
+        hold_unpacked()
     arguments = make_parser(command).parse_args([*rest, *flags])
     places = Flags(arguments.config, arguments.cache, arguments.socket)
     try:
@@ -20396,6 +20524,9 @@ def main(argv: Sequence[str], out: TextIO, errors: TextIO) -> int:
 def run() -> NoReturn:
     """Be the program. The process ends at once: taking the interpreter down in order costs 5 ms and does nothing."""
     gc.enable()  # the executable's entry switches it off while it imports
+    if "_bootstrap" in sys.modules:  # the slow way in: this start has unpacked the executable
+        note_unpacked(os.path.realpath(sys.argv[0]))
+        clean_unpacked()
     out, errors = (stream or open(os.devnull, "w", encoding="utf-8") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (out, errors):
         if isinstance(stream, io.TextIOWrapper):

@@ -1,16 +1,23 @@
 """The executable: one file, the same bytes everywhere, entered directly and only where nobody else can write."""
 
+import fcntl
+import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+from harness import wait_until
 
 ROOT = Path(__file__).parent.parent
 REAL_HOME = Path.home()
@@ -268,6 +275,194 @@ def test_no_place_at_all(bundle: Bundle) -> None:
     assert "SHIV_ROOT" in done.stderr
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody whom nobody knows")
+@pytest.mark.parametrize("home", [None, "/nowhere"])
+def test_a_user_without_a_home_in_a_read_only_place(executable: Path, home: Optional[str]) -> None:
+    paths = [*(one.path for one in INTERPRETERS if one.version >= (3, 9)), "/usr/bin/python3"]
+    python = next((path for path in paths if not in_a_home(path) and Path(path).exists()), None)
+    if python is None:
+        pytest.skip("every Python here is in root's home")
+    with tempfile.TemporaryDirectory(prefix="fabrik-") as name:
+        root = Path(name)
+        own, temporary, cwd = root / "bin" / "fabrik-daemon", root / "tmp", root / "cwd"
+        for folder in (own.parent, temporary, cwd):
+            folder.mkdir()
+        shutil.copy(executable, own)
+        own.parent.chmod(0o555)
+        root.chmod(0o755)
+        temporary.chmod(0o1777)
+        cwd.chmod(0o1777)
+        env = {"PATH": "/usr/bin:/bin", "TMPDIR": str(temporary), **({"HOME": home} if home else {})}
+        user = 54321  # in no passwd
+        for lines in (1, 0) if home else (0, 0):
+            done = subprocess.run(
+                [python, str(own), "--version"],
+                capture_output=True,
+                text=True,
+                check=False,
+                cwd=cwd,
+                env=env,
+                user=user,
+                group=user,
+                extra_groups=(),
+            )
+            assert_version(done, stderr_lines=lines)
+        assert list(cwd.iterdir()) == []
+        assert [path.name for path in temporary.iterdir()] == [f"fabrik-daemon-{user}"]
+        assert [path.name for path in own.parent.iterdir()] == ["fabrik-daemon"]
+
+
+def in_a_home(python: str) -> bool:
+    """Tell whether an interpreter, or the one behind it, is in somebody's home."""
+    return os.path.realpath(python).startswith(("/root/", "/home/"))
+
+
+def other_version(bundle: Bundle, path: Path) -> Bundle:
+    """Write the executable of another version: the same but for a line that does nothing."""
+    with zipfile.ZipFile(bundle.path) as source, zipfile.ZipFile(path, "w") as target:
+        for name in source.namelist():
+            data = source.read(name)
+            if name in ("__main__.py", "environment.json"):
+                data = data.replace(bundle.build_id.encode(), bundle.build_id[::-1].encode())
+            target.writestr(name, data)
+    return bundle._replace(path=path)
+
+
+def test_an_upgrade_takes_the_old_copy_away(bundle: Bundle) -> None:
+    program, other = bundle.home / "bin" / "fabrik-daemon", bundle.home / "other" / "fabrik-daemon"
+    for path in (program, other):
+        path.parent.mkdir()
+    installed, kept = bundle._replace(path=program), other_version(bundle, other)
+    shutil.copy(bundle.path, program)
+    assert_version(installed.start())
+    assert_version(kept.start())
+    trees = {installed.tree, kept.tree}
+    assert unpacked(bundle) == trees, "two executables, two copies"
+
+    # The installed one becomes another version, in place.
+    newer = bundle.home / "newer"
+    with zipfile.ZipFile(program) as source, zipfile.ZipFile(newer, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name).replace(bundle.build_id.encode(), b"0" * len(bundle.build_id)))
+    newer.replace(program)
+    upgraded = bundle._replace(path=program)
+    assert_version(upgraded.start())
+    assert unpacked(bundle) == {upgraded.tree, kept.tree}
+    assert not [path for path in upgraded.tree.parent.iterdir() if bundle.build_id in path.name], "no lock of it either"
+
+    # The other one is removed by hand; what unpacks next takes its copy away.
+    kept.path.unlink()
+    again = other_version(installed._replace(path=bundle.path), program)
+    shutil.rmtree(again.tree)
+    assert_version(again.start())
+    assert unpacked(bundle) == {again.tree}
+
+
+def unpacked(bundle: Bundle) -> set[Path]:
+    """Return the unpacked copies in the home."""
+    return {path for path in bundle.tree.parent.iterdir() if path.is_dir()}
+
+
+def test_a_copy_in_use_stays_until_it_is_not(bundle: Bundle) -> None:
+    program = bundle.home / "fabrik-daemon"
+    shutil.copy(bundle.path, program)
+    installed = bundle._replace(path=program)
+    assert_version(installed.start())
+    old = installed.tree
+    demo = subprocess.Popen(
+        installed.command("demo", "--speed", "0.1"),
+        env=installed.environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_until(lambda: is_locked(old / ".origin"), 30, "the demo has its copy locked")
+        upgraded = other_version(installed, bundle.home / "new")
+        upgraded.path.replace(program)
+        upgraded = upgraded._replace(path=program)
+        assert_version(upgraded.start())
+        assert unpacked(bundle) == {old, upgraded.tree}
+    finally:
+        demo.terminate()  # its daemon ends with it
+        demo.wait()
+    shutil.rmtree(upgraded.tree)
+    assert_version(upgraded.start())
+    assert unpacked(bundle) == {upgraded.tree}
+
+
+def is_locked(path: Path) -> bool:
+    """Tell whether some process has locked a file."""
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+def test_other_programs_copies_are_left_alone(bundle: Bundle) -> None:
+    stranger = bundle.tree.parent / "stranger_0123456789abcdef"
+    (stranger / "site-packages").mkdir(parents=True)
+    for path in (bundle.tree.parent, stranger):
+        path.chmod(0o700)
+    assert_version(bundle.start())
+    assert stranger.is_dir()
+
+
+@pytest.fixture(scope="module")
+def bill(executable: Path) -> dict[str, Any]:
+    """Return the executable's bill of materials."""
+    done = subprocess.run([sys.executable, str(executable), "licenses", "--sbom"], capture_output=True, check=True)
+    found = json.loads(done.stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_the_bill_of_materials_is_valid(bill: dict[str, Any]) -> None:
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(bill)) is None
+    broken = {**bill, "components": [{"name": "without a type"}]}
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(broken)) is not None, "it looks"
+
+
+def test_the_bill_of_materials_is_what_is_in_it(bill: dict[str, Any], executable: Path) -> None:
+    with zipfile.ZipFile(executable) as outer, zipfile.ZipFile(io.BytesIO(outer.read("tree.zip"))) as tree:
+        folders = {name.split("/")[1] for name in tree.namelist() if ".dist-info/" in name}
+        module = tree.read("site-packages/fabrik_daemon.py")
+    carried = {re.sub(r"[-_.]+", "-", folder[: -len(".dist-info")]).lower() for folder in folders}
+    listed = {f"{found['name']}-{found['version']}" for found in bill["components"]}
+    assert {re.sub(r"[-_.]+", "-", name) for name in listed} == carried
+    locked = re.findall(r"^(\S+)==(\S+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    assert {(found["name"], found["version"]) for found in bill["components"]} == set(locked)
+    assert bill["metadata"]["component"]["hashes"][0]["content"] == hashlib.sha256(module).hexdigest()
+    depends = {entry["ref"]: entry["dependsOn"] for entry in bill["dependencies"]}
+    root = depends[bill["metadata"]["component"]["bom-ref"]]
+    declared = declared_dependencies()
+    assert {ref.split("/")[1].split("@")[0] for ref in root} == declared
+    reached, waiting = set(), list(root)
+    while waiting:
+        ref = waiting.pop()
+        if ref not in reached:
+            reached.add(ref)
+            waiting += depends[ref]
+    assert reached == {found["bom-ref"] for found in bill["components"]}, "nothing that nothing needs"
+
+
+def declared_dependencies() -> set[str]:
+    """Return the names in pyproject.toml's list of dependencies."""
+    text = (ROOT / "pyproject.toml").read_text()
+    block = text.split("dependencies = [", 1)[1].split("\n]", 1)[0]
+    return {name.lower() for name in re.findall(r'^    "([A-Za-z0-9-]+)', block, re.MULTILINE)}
+
+
+def test_licences_and_their_texts(bundle: Bundle, bill: dict[str, Any]) -> None:
+    table = bundle.start("licenses").stdout
+    texts = bundle.start("licenses", "--texts").stdout
+    for found in bill["components"]:
+        assert re.search(rf"^{found['name']} +{re.escape(found['version'])} ", table, re.MULTILINE)
+        (text,) = re.findall(rf"^---- {found['name']} [^\n]*\n(.*?)(?=^---- |\Z)", texts, re.MULTILINE | re.DOTALL)
+        assert len(text.strip()) > 400, f"{found['name']} without its licence"
+
+
 def test_unpacking_that_fails(bundle: Bundle) -> None:
     bundle.tree.parent.mkdir(mode=0o700)
     bundle.tree.with_name(bundle.tree.name + ".tmp").write_text("not a folder")
@@ -284,12 +479,12 @@ def test_shivs_own_switches(unpacked_bundle: Bundle) -> None:
     assert done.stdout.startswith(str(unpacked_bundle.tree))
 
 
-def test_first_starts_at_once(bundle: Bundle) -> None:
+def test_fifty_first_starts_at_once(bundle: Bundle) -> None:
     running = [
         subprocess.Popen(
             bundle.command(), env=bundle.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        for _ in range(6)
+        for _ in range(50)
     ]
     for process in running:
         out, err = process.communicate()
