@@ -20060,7 +20060,7 @@ def _manifests_arguments(parser: argparse.ArgumentParser) -> None:
 def _licenses_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--texts", action="store_true", help="the licences themselves")
     parser.add_argument("--sbom", action="store_true", help="the whole bill of materials, CycloneDX 1.6 in JSON")
-    _output_argument(parser)
+    output_argument(parser)
 
 
 def _service_arguments(parser: argparse.ArgumentParser) -> None:
