@@ -47,6 +47,7 @@ Core:
     Requests: framings    JSON lines, HTTP and WebSocket: bytes -> requests, answers -> bytes
     Requests: access      whom a remote daemon lets in, and what it lets them ask
     Shipping              what to send to a service of LAOS now, when again after a failure; the Pushgateway
+    Shipping: discovery   Services of a cluster -> the services of LAOS among them
     Shipping: logs        the daemon's log for Loki: batches, a bounded spool
     Shipping: alerts      rows -> alerts for Alertmanager: what fires, when to tell it again
     Views: text           where hostile text is made safe, measured in cells and cut
@@ -70,16 +71,19 @@ Shell:
     Server: remote        the TCP listener of remote mode: TLS, limits, token and certificate files
     Server                connections: what clients say -> requests, answers -> what they read
     Pusher                carries what Shipping has to send to the services of LAOS
+    Pusher: discovery     looks for the services of LAOS in a cluster
     Daemon: log           the daemon's log, in memory; its last words
     Daemon: following     what watches tell -> store, cache, bus
     Daemon: kept logs     the last lines of runs that fail
     Daemon: sidecars      what the sidecars of Pods report
     Daemon: service manager  systemd's: readiness, reload, stop, watchdog, a socket that it opened; signals
+    Daemon: metrics       reads their values
     Daemon: telemetry     what LAOS hears: metrics, the log, alerts
     Daemon                composition root: settings -> parts; orderly stop
     Client: remote        a connection to another host's daemon, which outlasts breaks
     Client                a connection to the daemon, for commands
     Direct                what asks an API server at once, in a loop of its own
+    Direct: storage       how full volumes are, from Prometheus
     Direct: logs          the logs of runs: from their Pods, from Loki, from what was kept
     Direct: reports       what a run's sidecar and workspace say
     Diagnosis             clusters test
@@ -405,6 +409,8 @@ LOKI_SPOOL_BYTES: Final = 4 * 2**20  # about 10,000 lines
 LOKI_OLDEST_S: Final = 6 * 86400  # Loki refuses what is a week old
 ALERTS_AT_ONCE: Final = 64  # as Prometheus sends them
 ALERT_CHECK_S: Final = 1.0  # what begins by the clock is seen to have begun so much later at most
+LAOS_LIST_MAX_BYTES: Final = 4 * 2**20  # of Services in one namespace; each has some 2 KB
+LAOS_TRY_S: Final = 3.0  # for a connection to a service that was found
 METRIC_RUNS: Final = 1000  # runs with series of their own: Prometheus keeps every one that there ever was
 LAST_WORDS_CHARS: Final = 20_000
 CERTIFICATE_WARN_S: Final = 7 * 86400.0  # before it ends; k3s renews its own at a restart 90 days before
@@ -6990,7 +6996,7 @@ class HttpFraming:
             yield from map(self._codec.chunk, _answer_pieces(answer, request))
         elif etag and self._is_known(etag):
             yield self._codec.head(304, headers)
-        elif self._http is not None and takes_gzip(self._http):
+        elif self._http is not None and takes_gzip(self._http) and text is None:  # which would hold the loop
             yield self._codec.head(200, [*headers, ("Content-Encoding", "gzip")])
             yield from map(self._codec.chunk, _compressed(pieces))
         else:
@@ -7439,6 +7445,94 @@ class MetricsPush(Shipper):
         """Push sooner where this one failed."""
         if verdict == FAILED_FOR_NOW:
             self._next_at = now
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shipping: discovery
+# ----------------------------------------------------------------------------------------------------------------------
+
+LAOS_NAMESPACES: Final = ("monitoring", "fabrik-monitoring")
+_LAOS_PORTS: Final = {"loki": 3100, "alertmanager": 9093, "prometheus": 9090, "pushgateway": 9091}
+
+
+class LaosFinding(NamedTuple):
+    """A service of LAOS in a cluster, and where it is reached from here; None: nowhere."""
+
+    kind: str
+    name: str  # namespace/name
+    url: str | None
+    how: str  # the type of its address, for people
+
+    @property
+    def rank(self) -> tuple[bool, str]:
+        """Which of two is taken, the lower."""
+        return self.url is None, self.name
+
+
+def services_from(document: JsonObject, host: str, *, in_cluster: bool) -> list[LaosFinding]:
+    """Return the services of LAOS in a ServiceList: known by a port of theirs, and its kind in their name.
+
+    `host` is that of the API server; a node port is open on every node, which with k3s it is one of.
+    """
+    found: list[LaosFinding] = []
+    for item in list_at(document, "items"):
+        name, namespace = text_at(item, "metadata", "name") or "", text_at(item, "metadata", "namespace") or ""
+        for kind, number in _LAOS_PORTS.items():
+            port = next((port for port in list_at(item, "spec", "ports") if port.get("port") == number), None)
+            if port is not None and kind in name:
+                url, how = _address_of(item, port, host, in_cluster=in_cluster)
+                found.append(LaosFinding(kind, f"{namespace}/{name}", url, how))
+    return found
+
+
+def _address_of(item: JsonObject, port: JsonObject, host: str, *, in_cluster: bool) -> tuple[str | None, str]:
+    name, namespace = text_at(item, "metadata", "name") or "", text_at(item, "metadata", "namespace") or ""
+    spec, number = object_at(item, "spec"), parse_int(port.get("port"))
+    if in_cluster:
+        return f"http://{name}.{namespace}.svc:{number}", "in the cluster"
+    for entry in list_at(item, "status", "loadBalancer", "ingress"):
+        outer = text_at(entry, "ip") or text_at(entry, "hostname")
+        if outer:
+            return f"http://{_in_url(outer)}:{number}", "LoadBalancer"
+    outers = spec.get("externalIPs")
+    if isinstance(outers, list) and outers and isinstance(outers[0], str):
+        return f"http://{_in_url(outers[0])}:{number}", "external IP"
+    node_port = parse_int(port.get("nodePort"))
+    if node_port:
+        return f"http://{_in_url(host)}:{node_port}", "NodePort"
+    return None, text_at(spec, "type") or "ClusterIP"
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def laos_of(found: Iterable[LaosFinding]) -> Laos:
+    """Return the first service of each kind that can be reached."""
+    urls: dict[str, str] = {}
+    for finding in sorted(found, key=lambda finding: finding.rank):
+        if finding.url is not None:
+            urls.setdefault(finding.kind, finding.url)
+    return laos_from_urls(urls)
+
+
+def format_finding(finding: LaosFinding) -> str:
+    """Return what was found, in words that a person can act on."""
+    if finding.url is not None:
+        return f"{finding.kind} found at {finding.url} ({finding.name}, {finding.how})"
+    hint = f"make it a NodePort or LoadBalancer, or set laos.{finding.kind}.url to where you forward it"
+    return f"{finding.kind} found ({finding.name}, {finding.how}), but not reachable from here: {hint}"
+
+
+LAOS_META: Final = "laos:"  # and the cluster's name: what was discovered, in `meta`
+
+
+def laos_from_urls(urls: Mapping[str, str]) -> Laos:
+    """Return services that need nothing but a URL."""
+    loki, alertmanager, prometheus, pushgateway = (
+        LaosService(urls[kind]) if kind in urls else None for kind in LAOS_SERVICES
+    )
+    return Laos(loki, alertmanager, prometheus, pushgateway)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -8186,6 +8280,17 @@ VOLUME_COLUMNS: Final = (
     Column("CAPACITY", lambda row, now: format_bytes(row.get("capacity_bytes")), right=True),
     Column("CLASS", field("storage_class")),
 )
+
+
+def columns_with_usage(columns: Sequence[Column], rows: Sequence[JsonObject]) -> Sequence[Column]:
+    """Return a list's columns of volumes, with what is used behind the capacity where a row tells."""
+    if not any("used_bytes" in row for row in rows):
+        return columns
+    at = next(index for index, column in enumerate(columns) if column.title == "CAPACITY") + 1
+    used = Column("USED", lambda row, now: format_bytes(row.get("used_bytes")), right=True)
+    return (*columns[:at], used, *columns[at:])
+
+
 WARNING_COLUMNS: Final = (
     Column("LAST", age_field("last_at")),
     Column("COUNT", field("count"), right=True, rank=2),
@@ -8352,7 +8457,7 @@ def format_run(row: JsonObject, now: float, width: int | None, style: Style = PL
 def _parts_of_run(row: JsonObject, now: float, width: int | None, style: Style) -> Iterator[str]:
     for title, columns in (
         ("timeline", _TIMELINE_COLUMNS),
-        ("volumes", VOLUME_COLUMNS),
+        ("volumes", columns_with_usage(VOLUME_COLUMNS, row.get("volumes") or ())),
         ("warnings", WARNING_COLUMNS),
         ("events", EVENT_COLUMNS),
     ):
@@ -10666,8 +10771,15 @@ class Watcher(ClientHandler):
 class Probe(ClientHandler):
     """One GET: its response, or why there is none."""
 
-    def __init__(self, owner: WatchOwner, target: str, done: Callable[[ResponseHead | None, bytes, str], None]) -> None:
+    def __init__(
+        self,
+        owner: WatchOwner,
+        target: str,
+        done: Callable[[ResponseHead | None, bytes, str], None],
+        limit: int = REFUSAL_MAX_BYTES,
+    ) -> None:
         self._done = done
+        self._limit = limit
         self._head: ResponseHead | None = None
         self._body = b""
         self._stream, self._codec, base = owner.connect(self)
@@ -10684,7 +10796,7 @@ class Probe(ClientHandler):
                 if isinstance(part, ResponseHead):
                     self._head = part
                 elif isinstance(part, bytes):
-                    self._body = (self._body + part)[:REFUSAL_MAX_BYTES]
+                    self._body = (self._body + part)[: self._limit]
                 else:
                     self._stream.close()
                     self._done(self._head, self._body, "")
@@ -12143,6 +12255,89 @@ def _read_secret(path: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Pusher: discovery
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class LaosSearch:
+    """Looks for the services of LAOS in one cluster, and whether they can be reached from here."""
+
+    def __init__(self, post: Post, cluster: Cluster, done: Callable[[str, list[LaosFinding], list[str]], None]) -> None:
+        """Begin; `done` gets the cluster's name, what was found, and what went wrong."""
+        self._post = post
+        self._cluster = cluster
+        self._done = done
+        self._namespaces = list(LAOS_NAMESPACES)
+        self._found: list[LaosFinding] = []
+        self._troubles: list[str] = []
+        self._probe: Probe | None = None
+        self._timer: Timer | None = None
+        self._next()
+
+    def cancel(self) -> None:
+        """Give up; nothing is told any more."""
+        self._done = lambda name, found, troubles: None
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        if self._probe is not None:
+            self._probe.cancel()
+            self._probe = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _next(self) -> None:
+        if not self._namespaces:
+            self._post.reactor.run_blocking(self._try_all, self._tell, "laos")
+            return
+        namespace = self._namespaces.pop(0)
+        patience = self._post.timing.laos_answer
+        overdue = f"no answer within {patience:g} s"
+        self._timer = self._post.reactor.call_later(patience, lambda: self._on_answer(namespace, None, b"", overdue))
+        try:
+            self._probe = Probe(
+                self._cluster,
+                f"/api/v1/namespaces/{namespace}/services",
+                lambda head, body, error: self._on_answer(namespace, head, body, error),
+                LAOS_LIST_MAX_BYTES,
+            )
+        except FabrikError as error:
+            self._on_answer(namespace, None, b"", error.message)
+
+    def _on_answer(self, namespace: str, head: ResponseHead | None, body: bytes, error: str) -> None:
+        self._hang_up()
+        if head is not None and head.status == 200:
+            document = parse_json(body.decode("utf-8", "replace")) or {}
+            host = parse_server(self._cluster.server or "").host if self._cluster.server else ""
+            in_cluster = self._cluster.spec.kubeconfig == IN_CLUSTER
+            self._found += services_from(document, host, in_cluster=in_cluster)
+        elif head is None or head.status != 404:
+            told = refusal_from_response(head, body).message if head is not None else error
+            self._troubles.append(f"services in {namespace} cannot be listed: {told}")
+        self._next()
+
+    def _try_all(self) -> list[LaosFinding]:
+        """Try the addresses that were found, in a thread."""
+        return [
+            finding if finding.url is None or _answers(finding.url) else finding._replace(url=None)
+            for finding in self._found
+        ]
+
+    def _tell(self, found: Any, error: BaseException | None) -> None:
+        self._done(self._cluster.spec.name, found if error is None else [], self._troubles)
+
+
+def _answers(url: str) -> bool:
+    endpoint = parse_server(url)
+    try:
+        with socket.create_connection((endpoint.host, endpoint.port), LAOS_TRY_S):
+            return True
+    except OSError:
+        return False
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Daemon: log
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -12804,6 +12999,106 @@ def _is_listener(sock: socket.socket) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Daemon: metrics
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Parts(NamedTuple):
+    """What the daemon is made of, as far as LAOS hears of it."""
+
+    reactor: Reactor
+    settings: Settings
+    store: Store
+    cache: CacheThread
+    bus: Bus
+    follower: Follower
+    ring: LogRing
+    log: logging.Logger
+
+
+class Readings:
+    """Reads the metrics' values out of what the daemon is made of."""
+
+    def __init__(self, parts: Parts, times: StatusTimes, couriers: Callable[[], Iterable[Courier]]) -> None:
+        self._parts = parts
+        self._times = times
+        self._couriers = couriers
+        self._meter = parts.follower.meter
+        self._process: list[Any] = []
+        self.requests: Requests | None = None
+
+    def read(self, cluster: str = "") -> Callable[[], bytes]:
+        """Read the values of this moment, only a cluster's where one is named; return what makes their text."""
+        samples = list(self._samples())
+        samples = samples_of_cluster(samples, cluster) if cluster else samples
+        histograms = {name: histogram.copy() for name, histogram in self._meter.histograms.items()}
+
+        def text() -> bytes:
+            if not self._process:  # made off the loop, as prometheus_client is imported there
+                self._process.append(prometheus_client.ProcessCollector(registry=None))
+            return format_metrics(samples, histograms, *self._process)
+
+        return text
+
+    def _samples(self) -> Iterator[Sample]:
+        now, bus, clusters = time.time(), self._parts.bus, self._parts.follower.clusters
+        yield Sample("fabrik_daemon_build_info", (__version__, "{}.{}.{}".format(*sys.version_info), str(PROTOCOL)), 1)
+        yield Sample("fabrik_daemon_metrics_timestamp_seconds", (), now)
+        yield from self._meter.samples()
+        for name in ("fabrik_daemon_events_dropped_total", "fabrik_daemon_events_dropped"):
+            yield Sample(name, (), bus.dropped)
+        yield Sample("fabrik_daemon_subscribers", (), len(bus))
+        yield Sample("fabrik_daemon_subscriber_queue_length", (), bus.waiting)
+        yield Sample("fabrik_daemon_cache_queue_length", (), self._parts.cache.waiting)
+        hits, misses = (self.requests.hits, self.requests.misses) if self.requests else (0, 0)
+        yield Sample("fabrik_daemon_cache_requests_total", ("hit",), hits)
+        yield Sample("fabrik_daemon_cache_requests_total", ("miss",), misses)
+        yield Sample("fabrik_daemon_cache_hit_ratio", (), hits / (hits + misses) if hits + misses else math.nan)
+        for cluster in clusters.values():
+            yield from self._samples_of(cluster, now)
+        tables = self._parts.store.tables
+        runs = [row for row in tables.rows(Run) if isinstance(row, Run)]
+        yield from run_samples(runs, self._times, clusters, now)
+        for row in tables.rows(Schedule):
+            if isinstance(row, Schedule):
+                yield Sample("fabrik_schedule_missed", (row.cluster, row.namespace, row.name), row.missed)
+        for courier in self._couriers():
+            yield from _samples_of_courier(courier)
+
+    def _samples_of(self, cluster: Cluster, now: float) -> Iterator[Sample]:
+        name = cluster.spec.name
+        books = [courier.shipper for courier in self._couriers() if isinstance(courier.shipper, AlertBook)]
+        direct = any(name in book.clusters for book in books)
+        yield Sample("fabrik_daemon_cluster_connected", (name,), cluster.is_connected)
+        yield Sample("fabrik_daemon_alerts_direct", (name,), direct)
+        if cluster.skew_s is not None:
+            yield Sample("fabrik_daemon_clock_skew_seconds", (name,), cluster.skew_s)
+        if cluster.expires_at is not None:
+            yield Sample("fabrik_daemon_credentials_expiry_timestamp_seconds", (name,), cluster.expires_at)
+        lags: dict[str, float] = {}
+        for watcher in cluster.watchers:
+            heard_at = epoch_of(watcher.synced_at)
+            if heard_at is not None:
+                resource_name = watcher.scope.resource
+                lags[resource_name] = max(lags.get(resource_name, 0.0), now - heard_at)
+        for resource_name, lag_s in lags.items():
+            yield Sample("fabrik_daemon_sync_lag_seconds", (name, resource_name), lag_s)
+
+
+def _samples_of_courier(courier: Courier) -> Iterator[Sample]:
+    shipper, target = courier.shipper, courier.target
+    if courier.taken_at is not None:
+        yield Sample("fabrik_daemon_delivery_timestamp_seconds", (target,), courier.taken_at)
+    if isinstance(shipper, LogSpool):
+        yield Sample("fabrik_daemon_log_queue_length", (target,), len(shipper))
+        yield Sample("fabrik_daemon_log_lines_total", (target, "sent"), shipper.sent)
+        yield Sample("fabrik_daemon_log_lines_total", (target, "dropped"), shipper.dropped)
+    elif isinstance(shipper, AlertBook):
+        for labels, count in shipper.firing().items():
+            yield Sample("fabrik_daemon_alerts_firing", labels, count)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Daemon: telemetry
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -12822,19 +13117,6 @@ class MetricsAccess:
             raise NotFoundError("there is nothing else here", "see /metrics")
 
 
-class Parts(NamedTuple):
-    """What the daemon is made of, as far as LAOS hears of it."""
-
-    reactor: Reactor
-    settings: Settings
-    store: Store
-    cache: CacheThread
-    bus: Bus
-    follower: Follower
-    ring: LogRing
-    log: logging.Logger
-
-
 class Telemetry:
     """What LAOS hears of the daemon: its metrics, its log, and alerts."""
 
@@ -12851,16 +13133,19 @@ class Telemetry:
         self._targets: list[Target] = []
         self._couriers: dict[tuple[str, LaosService], Courier] = {}
         self._checking = False
+        self._specs: list[ClusterSpec] = []
+        self._found: dict[str, Laos] = {}  # by cluster, what was discovered
+        self._told: dict[str, list[str]] = {}  # by cluster, what was said of that last
+        self._searches: dict[str, tuple[float, LaosSearch]] = {}  # by cluster, when the last began
         self._listener: Listener | None = None
-        self._process: list[Any] = []
-        self._requests: Requests | None = None
+        self.readings = Readings(parts, self._times, self._couriers.values)
         self.address: str | None = None  # of the metrics on TCP
         parts.follower.on_changes.append(self._on_changes)
         parts.cache.on_written = self._meter.histograms["fabrik_daemon_event_to_cache_seconds"].observe
 
     def start(self, specs: Iterable[ClusterSpec], server: Server) -> None:
         """Begin to tell. Raises SocketError where the metrics' address cannot be had."""
-        self._requests = server.requests
+        self.readings.requests = server.requests
         if self._parts.settings.metrics_listen is not None:
             self._listen(*self._parts.settings.metrics_listen, server)
         self.follow(specs)
@@ -12871,9 +13156,9 @@ class Telemetry:
 
     def follow(self, specs: Iterable[ClusterSpec]) -> None:
         """Tell of these clusters from now on, whom their settings name."""
-        overall = self._parts.settings.laos
-        ordered = sorted(specs, key=lambda spec: (spec.priority, spec.name))
-        self._targets = laos_targets(overall, {spec.name: spec.laos.over(overall) for spec in ordered})
+        self._specs = sorted(specs, key=lambda spec: (spec.priority, spec.name))
+        clusters = {spec.name: self._laos_of(spec) for spec in self._specs}
+        self._targets = laos_targets(self._parts.settings.laos, clusters)
         wanted = {target.key: target for target in self._targets}
         for key in [key for key in self._couriers if key not in wanted]:
             self._couriers.pop(key).stop()
@@ -12892,19 +13177,8 @@ class Telemetry:
             self._listener.close()
         for courier in self._couriers.values():
             courier.stop()
-
-    def read_metrics(self, cluster: str = "") -> Callable[[], bytes]:
-        """Read the values of this moment, only a cluster's where one is named; return what makes their text."""
-        samples = list(self._samples())
-        samples = samples_of_cluster(samples, cluster) if cluster else samples
-        histograms = {name: histogram.copy() for name, histogram in self._meter.histograms.items()}
-
-        def text() -> bytes:
-            if not self._process:  # made off the loop, as prometheus_client is imported there
-                self._process.append(prometheus_client.ProcessCollector(registry=None))
-            return format_metrics(samples, histograms, *self._process)
-
-        return text
+        for _, search in self._searches.values():
+            search.cancel()
 
     def _listen(self, host: str, port: int, server: Server) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -12919,6 +13193,37 @@ class Telemetry:
         self._listener = Listener(self._parts.reactor, sock, lambda client: server.admit(client, MetricsAccess()))
         self._post.log.info("metrics are on http://%s/metrics", self.address)
 
+    def _laos_of(self, spec: ClusterSpec) -> Laos:
+        """Return a cluster's services: as configured for it, overall, and as discovered, in this order."""
+        laos = spec.laos.over(self._parts.settings.laos).over(self._found.get(spec.name, Laos()))
+        # On a host alerts must be switched on: those of one that sleeps would resolve by themselves.
+        in_cluster = "KUBERNETES_SERVICE_HOST" in os.environ
+        return laos._replace(alerts=laos.alerts or ("direct" if in_cluster else None))
+
+    def _search(self) -> None:
+        """Look for services in clusters that are connected, where that is wished, every now and then."""
+        now = self._parts.reactor.now()
+        for spec in self._specs:
+            cluster = self._parts.follower.clusters.get(spec.name)
+            began_at = self._searches[spec.name][0] if spec.name in self._searches else -math.inf
+            wished = spec.laos.over(self._parts.settings.laos).discover and cluster is not None
+            if wished and cluster and cluster.is_connected and now - began_at >= self._timing.laos_discovery:
+                self._searches[spec.name] = now, LaosSearch(self._post, cluster, self._on_found)
+
+    def _on_found(self, name: str, found: list[LaosFinding], troubles: list[str]) -> None:
+        told = [*troubles, *map(format_finding, sorted(found, key=lambda each: (each.kind, each.rank)))]
+        told = told or [f"no service of LAOS in {' or '.join(LAOS_NAMESPACES)}"]
+        if told != self._told.get(name):
+            for line in told:
+                self._post.log.info("%s: %s", name, line, extra={"cluster": name})
+        laos = laos_of(found)
+        self._told[name] = told
+        urls = {kind: service.url for kind, service in laos._asdict().items() if isinstance(service, LaosService)}
+        self._parts.cache.put([set_meta(LAOS_META + name, json.dumps(urls))])
+        if laos != self._found.get(name, Laos()) and (found or not troubles):
+            self._found[name] = laos
+            self.follow(self._specs)
+
     def _courier(self, target: Target) -> Courier:
         shipper: Shipper
         if target.kind == "loki":
@@ -12931,7 +13236,7 @@ class Telemetry:
             shipper.load_rows(self._alert_rows.values())
         else:
             cluster = "" if target.is_overall else min(target.clusters)
-            shipper = MetricsPush(self._timing, random.random, self._host, lambda: self.read_metrics(cluster))
+            shipper = MetricsPush(self._timing, random.random, self._host, lambda: self.readings.read(cluster))
         name = target.kind if target.is_overall else f"{target.kind}/{min(target.clusters)}"
         return Courier(self._post, name, target.service, shipper)
 
@@ -12975,6 +13280,7 @@ class Telemetry:
 
     def _check(self) -> None:
         self._checking = False
+        self._search()
         clusters = self._parts.follower.clusters
         live = {name for name, cluster in clusters.items() if cluster.is_connected}
         self._known |= live
@@ -12989,62 +13295,6 @@ class Telemetry:
         self._parts.cache.put(statements)
         for courier in self._couriers.values():
             courier.poke()
-
-    def _samples(self) -> Iterator[Sample]:
-        now, bus, clusters = time.time(), self._parts.bus, self._parts.follower.clusters
-        yield Sample("fabrik_daemon_build_info", (__version__, "{}.{}.{}".format(*sys.version_info), str(PROTOCOL)), 1)
-        yield Sample("fabrik_daemon_metrics_timestamp_seconds", (), now)
-        yield from self._meter.samples()
-        for name in ("fabrik_daemon_events_dropped_total", "fabrik_daemon_events_dropped"):
-            yield Sample(name, (), bus.dropped)
-        yield Sample("fabrik_daemon_subscribers", (), len(bus))
-        yield Sample("fabrik_daemon_subscriber_queue_length", (), bus.waiting)
-        yield Sample("fabrik_daemon_cache_queue_length", (), self._parts.cache.waiting)
-        hits, misses = (self._requests.hits, self._requests.misses) if self._requests else (0, 0)
-        yield Sample("fabrik_daemon_cache_requests_total", ("hit",), hits)
-        yield Sample("fabrik_daemon_cache_requests_total", ("miss",), misses)
-        yield Sample("fabrik_daemon_cache_hit_ratio", (), hits / (hits + misses) if hits + misses else math.nan)
-        for cluster in clusters.values():
-            yield from self._samples_of(cluster, now)
-        tables = self._parts.store.tables
-        runs = [row for row in tables.rows(Run) if isinstance(row, Run)]
-        yield from run_samples(runs, self._times, clusters, now)
-        for row in tables.rows(Schedule):
-            if isinstance(row, Schedule):
-                yield Sample("fabrik_schedule_missed", (row.cluster, row.namespace, row.name), row.missed)
-        for courier in self._couriers.values():
-            yield from _samples_of_courier(courier)
-
-    def _samples_of(self, cluster: Cluster, now: float) -> Iterator[Sample]:
-        name = cluster.spec.name
-        direct = any(target.kind == "alertmanager" and name in target.clusters for target in self._targets)
-        yield Sample("fabrik_daemon_cluster_connected", (name,), cluster.is_connected)
-        yield Sample("fabrik_daemon_alerts_direct", (name,), direct)
-        if cluster.skew_s is not None:
-            yield Sample("fabrik_daemon_clock_skew_seconds", (name,), cluster.skew_s)
-        if cluster.expires_at is not None:
-            yield Sample("fabrik_daemon_credentials_expiry_timestamp_seconds", (name,), cluster.expires_at)
-        lags: dict[str, float] = {}
-        for watcher in cluster.watchers:
-            heard_at = epoch_of(watcher.synced_at)
-            if heard_at is not None:
-                resource_name = watcher.scope.resource
-                lags[resource_name] = max(lags.get(resource_name, 0.0), now - heard_at)
-        for resource_name, lag_s in lags.items():
-            yield Sample("fabrik_daemon_sync_lag_seconds", (name, resource_name), lag_s)
-
-
-def _samples_of_courier(courier: Courier) -> Iterator[Sample]:
-    shipper, target = courier.shipper, courier.target
-    if courier.taken_at is not None:
-        yield Sample("fabrik_daemon_delivery_timestamp_seconds", (target,), courier.taken_at)
-    if isinstance(shipper, LogSpool):
-        yield Sample("fabrik_daemon_log_queue_length", (target,), len(shipper))
-        yield Sample("fabrik_daemon_log_lines_total", (target, "sent"), shipper.sent)
-        yield Sample("fabrik_daemon_log_lines_total", (target, "dropped"), shipper.dropped)
-    elif isinstance(shipper, AlertBook):
-        for labels, count in shipper.firing().items():
-            yield Sample("fabrik_daemon_alerts_firing", labels, count)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -13134,7 +13384,7 @@ class DaemonKnowledge:
 
     def metrics(self) -> Callable[[], bytes]:
         """Read the metrics of this moment; return what makes their text."""
-        return self._daemon.telemetry.read_metrics()
+        return self._daemon.telemetry.readings.read()
 
     def cache_path(self) -> str:
         """Return which cache the daemon keeps."""
@@ -13746,6 +13996,53 @@ class Direct:
         """Give everything back."""
         self._credentials.close()
         self.reactor.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Direct: storage
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class PrometheusError(FabrikError):
+    """Prometheus does not answer a query."""
+
+    exit_code, http_status, code = 5, 502, "prometheus"
+
+
+def query_prometheus(service: LaosService, expression: str, seconds: float) -> list[JsonObject]:
+    """Return the samples of an instant query (prometheus.io, "HTTP API"); it blocks. Raises PrometheusError."""
+    base = service.url.rstrip("/")
+    url = f"{base}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
+    try:
+        request = urllib.request.Request(url, headers=dict(authorization_of(service)))
+        context = ssl.create_default_context(cafile=service.ca_file) if base.startswith("https:") else None
+        handlers = [
+            urllib.request.ProxyHandler({}),
+            *([urllib.request.HTTPSHandler(context=context)] if context else []),
+        ]
+        with urllib.request.build_opener(*handlers).open(request, timeout=seconds) as answer:
+            document = parse_json(answer.read(LAOS_LIST_MAX_BYTES).decode("utf-8", "replace")) or {}
+    except (OSError, http.client.HTTPException) as error:
+        raise PrometheusError(f"Prometheus at {base}: {getattr(error, 'reason', None) or error}") from None
+    if document.get("status") != "success":
+        raise PrometheusError(f"Prometheus at {base}: {text_at(document, 'error') or 'no answer to a query'}")
+    return list_at(document, "data", "result")
+
+
+def volume_usage(service: LaosService, volumes: Iterable[JsonObject], seconds: float) -> dict[tuple[str, str], int]:
+    """Return the used bytes of volumes by namespace and name, of those that kubelets tell of."""
+    names = {str(row[key]) for row in volumes for key in ("namespace", "name")}
+    plain = sorted(re.escape(name) for name in names if re.fullmatch(r"[a-z0-9.-]+", name, re.ASCII))
+    wanted = "|".join(plain).replace("\\", "\\\\")
+    labels = f'namespace=~"{wanted}",persistentvolumeclaim=~"{wanted}"'
+    expression = f"max by (namespace, persistentvolumeclaim) (kubelet_volume_stats_used_bytes{{{labels}}})"
+    found: dict[tuple[str, str], int] = {}
+    for result in query_prometheus(service, expression, seconds) if plain else []:
+        metric, value = object_at(result, "metric"), result.get("value")
+        with contextlib.suppress(ValueError, TypeError, IndexError, OverflowError):
+            used = int(float(value[1]))  # type: ignore[index]
+            found[text_at(metric, "namespace") or "", text_at(metric, "persistentvolumeclaim") or ""] = used
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -18529,7 +18826,7 @@ def schedules_list(context: Context, arguments: argparse.Namespace) -> int:
 
 def volumes_list(context: Context, arguments: argparse.Namespace) -> int:
     """List volumes by cluster and name."""
-    return _list(context, arguments, VOLUME_LIST)
+    return _list(context, arguments, VOLUME_LIST, usage=arguments.usage)
 
 
 def warnings_list(context: Context, arguments: argparse.Namespace) -> int:
@@ -18555,15 +18852,18 @@ def clusters_list(context: Context, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _list(context: Context, arguments: argparse.Namespace, listing: ListOf) -> int:
+def _list(context: Context, arguments: argparse.Namespace, listing: ListOf, *, usage: bool = False) -> int:
     request = list_request(arguments, listing.kind, time.time())
     if arguments.watch:
         return _watch(context, arguments, listing, request)
     found = find_rows(context, listing, request)
     tell_source(context, found.source, found.parts, arguments.max_age)
-    columns, shown = columns_with_age(listing.columns, found.rows, found.parts)
+    if usage and not add_usage(context, found.rows):
+        raise UsageError("--usage: no Prometheus is configured", "set laos.prometheus.url in config.yaml")
+    columns, shown = columns_with_age(columns_with_usage(listing.columns, found.rows), found.rows, found.parts)
+    fields = (*listing.kind._fields, "used_bytes") if usage else listing.kind._fields
     table = partial(format_table, columns, shown, width=context.width, style=context.style)
-    print_answer(context, arguments.output, found.rows, lambda now: table(now=now), listing.kind._fields)
+    print_answer(context, arguments.output, found.rows, lambda now: table(now=now), fields)
     return found.exit_code
 
 
@@ -18603,6 +18903,38 @@ def _print_change(context: Context, output: str, listing: ListOf, shown: Sequenc
     else:
         is_yaml = "---\n" if output == "yaml" else ""
         context.out.write(is_yaml + format_answer(row, output, titles=False))
+
+
+def add_usage(context: Context, volumes: Sequence[JsonObject]) -> bool:
+    """Add `used_bytes` to volumes, as far as their clusters' Prometheus tells; say whether one is configured."""
+    services: dict[LaosService, list[JsonObject]] = {}
+    for row in volumes:
+        service = laos_for(context, str(row["cluster"])).prometheus
+        if service is not None:
+            services.setdefault(service, []).append(row)
+    for service, rows in services.items():
+        try:
+            used = volume_usage(service, rows, context.settings.timing.usage)
+        except FabrikError as error:
+            context.warn(f"what volumes use is not known: {error}")
+            used = {}
+        for row in rows:
+            row["used_bytes"] = used.get((str(row["namespace"]), str(row["name"])))
+    return bool(services) or not volumes or context.settings.laos.prometheus is not None
+
+
+def laos_for(context: Context, cluster: str) -> Laos:
+    """Return a cluster's services of LAOS: those configured for it, overall, or found by the daemon, in this order."""
+    path = context.settings.clusters_file
+    text = read_text(path) or ""
+    specs = parse_clusters(text, path, context.environment) if "laos" in text else []
+    own = next((spec.laos for spec in specs if spec.name == cluster), Laos())
+    laos = own.over(context.settings.laos)
+    if not laos.discover or not os.path.exists(context.settings.cache):
+        return laos
+    with contextlib.closing(CacheReader(context.settings.cache)) as reader:
+        rows = reader.rows("SELECT value FROM meta WHERE key = ?", (LAOS_META + cluster,))
+    return laos.over(laos_from_urls(parse_json(rows[0]["value"]) or {})) if rows else laos
 
 
 def _list_past(context: Context, arguments: argparse.Namespace) -> int:
@@ -18703,6 +19035,7 @@ def runs_show(context: Context, arguments: argparse.Namespace) -> int:
     tell_source(context, source, parts, arguments.max_age)
     row["timeline"] = timeline_of(row, row["events"], time.time())
     row["log"] = [event["payload"] for event in row["events"] if event["event_type"] == "log_line"]
+    add_usage(context, row["volumes"])
     shown = {**row, "events": row["events"] if arguments.events else None, "log": row["log"][-KEPT_LINES_SHOWN:]}
     print_answer(context, arguments.output, row, lambda now: format_run(shown, now, context.width, context.style))
     return 0
@@ -19095,7 +19428,7 @@ def runs_logs(context: Context, arguments: argparse.Namespace) -> int:
     sources = []
     for run in runs:
         spec = specs.get(run.cluster)
-        service = (spec.laos if spec else Laos()).over(context.settings.laos).loki
+        service = laos_for(context, run.cluster).loki
         if service is not None:
             lokis.setdefault(run.cluster, ServiceSite(direct, f"Loki of {run.cluster}", service))
         sources.append(LogSources(run, direct.site(spec) if spec else None, lokis.get(run.cluster)))
@@ -19757,6 +20090,7 @@ def _volumes_list_arguments(parser: argparse.ArgumentParser) -> None:
     _column_argument(parser, "--namespace", "namespace", "only this namespace's")
     _column_argument(parser, "--run", "run_id", "only this run's")
     _column_argument(parser, "--phase", "phase", "only this phase: Pending, Bound, Lost")
+    parser.add_argument("--usage", action="store_true", help="with the bytes in use, from Prometheus")
     _list_arguments(parser)
 
 
@@ -19912,7 +20246,7 @@ READING: Final = (
     Command(
         "volumes list",
         "list volumes",
-        ("volumes list", "volumes list --sort-by capacity_bytes --reverse --limit 10"),
+        ("volumes list", "volumes list --sort-by capacity_bytes --reverse --limit 10", "volumes list --usage"),
         _volumes_list_arguments,
         volumes_list,
     ),

@@ -242,6 +242,7 @@ class KubernetesApi(ApiServer):
         self.uid = KUBE_SYSTEM_UID
         self.proxied: dict[str, Response] = {}  # "pod:port" -> what its /status answers
         self.files: dict[str, bytes] = {}  # Pod -> what exec prints of a file; it must be allowed by `writable`
+        self.others: dict[str, JsonObject] = {}  # what else is read, by path
         self.denied: set[str] = set()  # rights that a review denies: "list jobs", "get pods/log"
         self.expired_in_stream = True  # how a watch is told that its version is too old: ERROR event, else HTTP 410
         self.watches: set[Watch] = set()
@@ -370,6 +371,8 @@ class KubernetesApi(ApiServer):
             metadata = {"name": "kube-system", "uid": self.uid, "resourceVersion": "4"}
             namespace = {"kind": "Namespace", "apiVersion": "v1", "metadata": metadata, "status": {"phase": "Active"}}
             return Response(200, encode(namespace))
+        if path in self.others:
+            return Response(200, encode(self.others[path]))
         return refusal(404, "NotFound", "the server could not find the requested resource", details={})
 
     def _fault(self, resource: str, verb: str) -> Response | None:

@@ -207,13 +207,13 @@ class Loki:
         self._level = 0.0
         self._level_at = time.monotonic()
         self._newest: dict[str, int] = {}
-        self._port = free_port()
+        self.port = free_port()
         self._server: ThreadingHTTPServer | None = None
 
     @property
     def url(self) -> str:
         """Where it is."""
-        return f"{'https' if self._context else 'http'}://localhost:{self._port}"
+        return f"{'https' if self._context else 'http'}://localhost:{self.port}"
 
     def start(self) -> None:
         """Serve; again after `stop`, at the same place."""
@@ -243,7 +243,7 @@ class Loki:
             def handle_error(self, request: Any, client_address: Any) -> None:
                 """Say nothing of clients that hang up."""
 
-        self._server = Server(("127.0.0.1", self._port), Handler)
+        self._server = Server(("127.0.0.1", self.port), Handler)
         if self._context is not None:
             self._server.socket = self._context.wrap_socket(self._server.socket, server_side=True)
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()

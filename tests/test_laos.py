@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 import trustme
 from clients import LinesClient, http_request
-from fabrik_objects import Report, cronjob, job, pod, run_id
+from fabrik_objects import Report, cronjob, job, pod, pvc, run_id
 from fakes import ModelServer
 from harness import Cluster, wait_until
 from hosts import Host
@@ -301,9 +301,9 @@ def test_the_pushgateway_has_the_metrics_of_a_host_that_cannot_be_reached(
 
 
 class Sink:
-    """Takes what Alertmanager's receivers send."""
+    """Takes what Alertmanager's receivers send, and tells metrics of others."""
 
-    def __init__(self) -> None:
+    def __init__(self, exposition: str = "") -> None:
         got: dict[str, list[dict[str, Any]]] = {}
 
         class Handler(BaseHTTPRequestHandler):
@@ -313,6 +313,12 @@ class Sink:
                 self.send_response(202)
                 self.end_headers()
 
+            def do_GET(self) -> None:
+                self.send_response(200)
+                self.send_header("Content-Type", "text/plain; version=0.0.4")
+                self.end_headers()
+                self.wfile.write(exposition.encode())
+
             def log_message(self, format: str, *args: object) -> None:  # noqa: A002
                 """Say nothing."""
 
@@ -320,6 +326,11 @@ class Sink:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self) -> None:
+        """Take no more."""
+        self.server.shutdown()
+        self.server.server_close()
 
 
 def test_a_real_alertmanager_takes_and_renders_the_routes_and_receivers(
@@ -351,8 +362,7 @@ def test_a_real_alertmanager_takes_and_renders_the_routes_and_receivers(
         assert [alert["labels"]["alertname"] for alert in sink.got["/zulip"][0]["alerts"]] == ["FabrikRunFailed"]
         assert sink.got["/zulip"][0]["commonLabels"]["run_id"] == failing
     finally:
-        sink.server.shutdown()
-        sink.server.server_close()
+        sink.close()
 
 
 def talk(host: Host, count: int) -> None:
@@ -494,3 +504,72 @@ def test_laos_that_never_answers_delays_no_subscriber(host: Host, cluster: Model
         assert http_request(host.socket, "/status").status == 200
         stopped_in = host.signal(15)
         assert stopped_in < 5
+
+
+def test_services_of_laos_are_found_in_the_cluster_where_that_is_asked(
+    host: Host, cluster: ModelServer, tmp_path: Path
+) -> None:
+    loki, alertmanager = Loki(), Alertmanager(tmp_path / "alertmanager")
+    node_ports = {
+        "loki": (3100, loki.port),
+        "alertmanager": (9093, alertmanager.port),
+        "pushgateway": (9091, free_port()),
+    }
+    items = [
+        {
+            "metadata": {"name": f"laos-{name}", "namespace": "monitoring"},
+            "spec": {"type": "NodePort", "ports": [{"port": port, "nodePort": node_port}]},
+        }
+        for name, (port, node_port) in node_ports.items()
+    ]
+    prometheus = {"metadata": {"name": "prometheus-server", "namespace": "monitoring"}}
+    items.append({**prometheus, "spec": {"type": "ClusterIP", "ports": [{"port": 9090}]}})
+    cluster.others["/api/v1/namespaces/monitoring/services"] = {"kind": "ServiceList", "items": items}
+    configure(host, laos={"discover": True, "alerts": "direct"}, timing=QUICK)
+    begin(cluster, 1, "human-gate")
+    with running(loki, alertmanager):
+        host.start()
+        wait_until(loki.lines, SOON_S, "the log goes to the cluster's Loki")
+        wait_until(lambda: firing(alertmanager), SOON_S, "alerts go to the cluster's Alertmanager")
+        said = "\n".join(logged(host))
+    assert f"dev: loki found at http://127.0.0.1:{loki.port} (monitoring/laos-loki, NodePort)" in said
+    assert "dev: prometheus found (monitoring/prometheus-server, ClusterIP), but not reachable from here" in said
+    assert "dev: pushgateway found (monitoring/laos-pushgateway, NodePort), but not reachable from here" in said
+    asked = cluster.asked(lambda request: "/services" in request.path)
+    assert {request.method for request in asked} == {"GET"}
+    assert {request.path.split("/")[4] for request in asked} == {"monitoring", "fabrik-monitoring"}
+
+
+def test_what_volumes_use_comes_from_prometheus(host: Host, cluster: ModelServer, tmp_path: Path) -> None:
+    exposition = (
+        "# TYPE kubelet_volume_stats_used_bytes gauge\n"
+        f'kubelet_volume_stats_used_bytes{{namespace="fabrik-runs",persistentvolumeclaim="data-fabrik-{run_id(1)}"}} '
+        f"{3 * 2**30}\n"
+    )
+    kubelet = Sink(exposition)
+    prometheus = Prometheus(tmp_path / "prometheus", {"kubelet": kubelet.url.partition("//")[2]})
+    begin(cluster, 1)
+    for number in (1, 2):
+        cluster.put("persistentvolumeclaims", pvc(number))
+    configure(host, laos={"prometheus": {"url": prometheus.url}})
+    try:
+        with running(prometheus):
+            host.start()
+            wait_until(lambda: prometheus.query("kubelet_volume_stats_used_bytes"), SOON_S, "the kubelet is scraped")
+            listed = host.json("volumes", "list", "--usage")
+            assert {row["name"]: row["used_bytes"] for row in listed} == {
+                f"data-fabrik-{run_id(1)}": 3 * 2**30,
+                f"data-fabrik-{run_id(2)}": None,
+            }
+            assert "USED" in host.cli("volumes", "list", "--usage").stdout.splitlines()[0]
+            assert "used_bytes" not in host.json("volumes", "list")[0]
+            shown = host.cli("runs", "show", run_id(1)).stdout
+            assert re.search(r"10Gi +3Gi", shown), shown
+        away = host.cli("runs", "show", run_id(1))
+        assert (away.returncode, "what volumes use is not known: Prometheus at" in away.stderr) == (0, True)
+        configure(host)
+        refused = host.cli("volumes", "list", "--usage")
+        assert refused.returncode == 2
+        assert "no Prometheus is configured" in refused.stderr
+    finally:
+        kubelet.close()
