@@ -1358,6 +1358,12 @@ class Settings(NamedTuple):
     metrics_listen: tuple[str, int] | None = None  # host and port; None: on the Unix socket alone
     remote: RemoteDaemon | None = None  # who is asked in place of this host's daemon
     exposure: Exposure | None = None  # how the daemon is reached over TCP; None: not at all
+
+    @property
+    def cluster_files(self) -> tuple[str, ...]:
+        """What says which clusters to follow, and is read again when it changes."""
+        return (self.clusters_file, *([self.exposure.kubeconfig] if self.exposure is not None else ()))
+
     socket_group: str | None = None  # whose members may ask, besides the daemon's own user and root
     is_cache_named: bool = False  # else the host's system service may answer as well
     autostart: bool = True  # the dashboard and what watches start a daemon where none runs
@@ -7187,6 +7193,10 @@ class Gate:
         self._now = now
         self._rates = RateLimiter(REMOTE_REQUESTS_PER_S, REMOTE_REQUESTS_BURST, REMOTE_PEERS)
 
+    def may_connect(self, address: str) -> bool:
+        """Count a connection, whose handshake costs more than a request, and say whether it may be made."""
+        return self._exposure.behind_proxy or not self._rates.take(address, self._now())
+
     def count(self, peer: str) -> None:
         """Count a request of a peer. Raises RateError."""
         wait_s = self._rates.take(peer, self._now())
@@ -8503,6 +8513,7 @@ def format_status(status: JsonObject, now: float, width: int | None) -> str:
         f"{'cache:':<12}{status['cache']}"
         + (f" CANNOT BE WRITTEN: {status['cache_error']}" if status["cache_error"] else ""),
         f"{'runs:':<12}{status['runs']}" + (f" ({counts})" if counts else ""),
+        *_remote_lines(status.get("remote")),
         "",
     ]
     text = "".join(cut_text(safe_text(line), width) + "\n" for line in lines)
@@ -8514,6 +8525,14 @@ def format_status(status: JsonObject, now: float, width: int | None) -> str:
                 line = f"{cluster['name']}: {where}: {watch['state']}: {watch['error']}"
                 text += safe_text(line) + "\n"  # whole: it is what to act on
     return text
+
+
+def _remote_lines(remote: JsonObject | None) -> list[str]:
+    if remote is None:
+        return []
+    how = "TLS" if remote["tls"] else "behind a proxy" if remote["behind_proxy"] else "plain HTTP"
+    counts = f"{remote['connections']} connections, {remote['refused']} requests refused"
+    return [f"{'remote:':<12}{remote['listen']}, {how}, {counts}"]
 
 
 def _state(cluster: JsonObject, _now: float) -> str:
@@ -11631,11 +11650,7 @@ class RemoteListener:
         except OSError:  # gone already
             sock.close()
             return
-        self._forget_closed()
-        same = sum(access.address == address for access in self._open.values())
-        if len(self._open) >= REMOTE_CONNECTIONS or (
-            same >= REMOTE_CONNECTIONS_EACH and not self._exposure.behind_proxy
-        ):
+        if not self._has_room_for(address):
             self._turned_away += 1
             sock.close()
             return
@@ -11645,6 +11660,12 @@ class RemoteListener:
             self._admit(sock, access)
         else:
             self._secure(sock, access, self._secrets.context)
+
+    def _has_room_for(self, address: str) -> bool:
+        self._forget_closed()
+        same = sum(access.address == address for access in self._open.values())
+        is_one_too_many = same >= REMOTE_CONNECTIONS_EACH and not self._exposure.behind_proxy
+        return len(self._open) < REMOTE_CONNECTIONS and not is_one_too_many and self._gate.may_connect(address)
 
     def _secure(self, sock: socket.socket, access: RemoteAccess, context: ssl.SSLContext) -> None:
         try:
@@ -13458,7 +13479,7 @@ class Daemon:
         self._once = False
         self._ready: Callable[[], None] | None = None
         self._ever_worked = False  # a configuration that never did is an error; later it may mend itself
-        self._clusters_file = file_times([settings.clusters_file])
+        self._clusters_file = file_times(settings.cluster_files)
         self._failure: FabrikError | None = None
         self.socket_path: str | None = None
 
@@ -13597,7 +13618,7 @@ class Daemon:
                 self._clusters_file = found
                 self._manager.reload(self.reload)
 
-        self._reactor.run_blocking(lambda: file_times([self.settings.clusters_file]), done)
+        self._reactor.run_blocking(lambda: file_times(self.settings.cluster_files), done)
 
     def _on_sleep(self) -> None:
         """Trust no connection that was there before the host slept."""
@@ -13760,8 +13781,10 @@ def _dial(remote: RemoteDaemon) -> websocket.WebSocket:
         connection: websocket.WebSocket = websocket.create_connection(
             url,
             timeout=CLIENT_TIMEOUT_S,
-            header=[f"Authorization: Bearer {remote.token}"] if remote.token else [],
-            subprotocols=[SUBPROTOCOL],
+            header=[
+                f"Sec-WebSocket-Protocol: {SUBPROTOCOL}",  # as `subprotocols`, what others speak would be no WebSocket
+                *([f"Authorization: Bearer {remote.token}"] if remote.token else []),
+            ],
             suppress_origin=True,
             redirect_limit=0,  # it would take the token along
             sslopt={"context": _client_context(remote)},
@@ -13780,10 +13803,12 @@ def _dial(remote: RemoteDaemon) -> websocket.WebSocket:
         why = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise NotRunningError(f"no daemon answers at {remote.url}: {why}") from None
     status = connection.getstatus()  # type: ignore[no-untyped-call]
-    if status != 101 or connection.subprotocol != SUBPROTOCOL:
-        connection.shutdown()  # type: ignore[no-untyped-call]
-        raise NotRunningError(f"no daemon of this version at {remote.url} (HTTP {status})", "check the URL")
-    return connection
+    if status == 101 and connection.headers.get("sec-websocket-protocol") == SUBPROTOCOL:
+        return connection
+    connection.shutdown()  # type: ignore[no-untyped-call]
+    if status == 101:
+        raise RefusedError(f"{remote.url} does not speak {SUBPROTOCOL}", "update the older of the two")
+    raise NotRunningError(f"no daemon at {remote.url} (HTTP {status})", "check the URL")
 
 
 def _client_context(remote: RemoteDaemon) -> ssl.SSLContext | None:

@@ -22,6 +22,7 @@ from fabrik_objects import Report, job, pod, run_id
 from fakes import ModelServer
 from harness import Cluster, wait_until
 from hosts import answers
+from links import PIECE_BYTES
 from remotes import BEARER, TOKEN, Certificate, RemoteHost, answer_of, ask, is_closed, message_of
 
 import fabrik_daemon
@@ -452,6 +453,58 @@ def test_one_peer_cannot_have_every_connection(make_remote: MakeRemote) -> None:
     wait_until(lambda: "refused" in host.log, SETTLE_S, "it is logged")
 
 
+HOSTILE: Final = (
+    b"",
+    b"\0" * 5000,
+    b"\x16\x03\x01\xff\xff" + b"\xff" * 3000,
+    b"{" * 5000,
+    b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 5000,
+    b"GET /v1/runs HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer \xff\xfe\r\n\r\n",
+    b"GET /v1/runs HTTP/1.1\r\nHost: a\r\nHost: localhost\r\n\r\n",
+    b"POST /v1/runs HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    b"GET http://evil.example/v1/runs HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+)
+
+
+@pytest.mark.parametrize("over_tls", [False, True])
+def test_hostile_connections_leave_nothing_behind(
+    make_remote: MakeRemote, certificate: Certificate, over_tls: bool
+) -> None:
+    """Of many peers, so that no limit of one helps; half of them hang up at once, the others wait for the end."""
+    host = make_remote(tls=certificate if over_tls else None)
+    host.start()
+    descriptors = host.root.joinpath("/proc", str(host.pid), "fd")
+    before = len(list(descriptors.iterdir())) if descriptors.exists() else 0
+    for number in range(300):
+        data = HOSTILE[number % len(HOSTILE)]
+        is_raw = over_tls and number % 3 == 0
+        sock = host.connect() if not is_raw else socket.create_connection(("127.0.0.1", host.port), ANSWER_S)
+        with contextlib.closing(sock), contextlib.suppress(OSError):
+            sock.sendall(data)
+            if number % 2 and not is_raw:
+                sock.shutdown(socket.SHUT_WR)
+                assert b"200" not in sock.recv(PIECE_BYTES)[:16]
+    wait_until(lambda: host.remote_status()["connections"] == 0, SETTLE_S, "no connection is held")
+    assert host.get("/v1/runs").status == 200
+    assert answers(host.socket)
+    if before:
+        wait_until(lambda: len(list(descriptors.iterdir())) <= before + 3, SETTLE_S, "no descriptor is left")
+
+
+def test_handshakes_are_counted_too(make_remote: MakeRemote, certificate: Certificate) -> None:
+    """They cost a server more than its clients."""
+    host = make_remote(tls=certificate)
+    host.start()
+    for _ in range(2000):
+        with contextlib.suppress(OSError), contextlib.closing(host.connect(PEER)):
+            pass
+        if host.remote_status()["turned_away"]:
+            break
+    assert host.remote_status()["turned_away"]
+    assert host.get("/status").status == 200, "another peer is not concerned"
+
+
 def test_who_asks_too_often_is_told_to_wait(make_remote: MakeRemote) -> None:
     host = make_remote()
     host.start()
@@ -463,7 +516,7 @@ def test_who_asks_too_often_is_told_to_wait(make_remote: MakeRemote) -> None:
             statuses.append(answer.status)
             if answer.status == 429:
                 break
-        assert statuses.count(200) >= fabrik_daemon.REMOTE_REQUESTS_BURST
+        assert statuses.count(200) >= fabrik_daemon.REMOTE_REQUESTS_BURST - 1, "the connection counts as well"
         assert (answer.status, answer.message["code"]) == (429, "too_many_requests")
         assert int(answer.headers["retry-after"]) >= 1
         assert answers(host.socket)
@@ -611,9 +664,15 @@ def test_clusters_come_from_a_folder_of_kubeconfigs(make_remote: MakeRemote, mod
     folder = host.root / "mounted"
     (folder / "..data").mkdir(parents=True)
     for name in ("dev", "prod.yaml"):
-        model.kubeconfig(folder / name, host.clusters[0].access)
+        model.kubeconfig(folder / name)
     host.clusters = []
     (host.root / "config" / "clusters.yaml").unlink()
     host.environment["FABRIK_KUBECONFIG"] = str(folder)
     host.launch()
-    assert [row["name"] for row in host.get("/v1/clusters").message["clusters"]] == ["fabrik-test", "prod"]
+
+    def names() -> list[str]:
+        return [row["name"] for row in host.get("/v1/clusters").message["clusters"]]
+
+    assert names() == ["fabrik-test", "prod"]
+    model.kubeconfig(folder / "staging")
+    wait_until(lambda: "staging" in names(), SETTLE_S, "a file that came later is followed too")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import http.server
 import json
 import threading
@@ -183,7 +185,14 @@ class _Other(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.asked.append(self.path)  # type: ignore[attr-defined]
-        if self.path.startswith("/moved"):
+        if self.path.startswith("/other"):  # a WebSocket, but not ours
+            key = self.headers["Sec-WebSocket-Key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+            self.send_response(101)
+            self.send_header("Upgrade", "websocket")
+            self.send_header("Connection", "Upgrade")
+            digest = hashlib.sha1(key.encode()).digest()  # noqa: S324 - RFC 6455 has it so
+            self.send_header("Sec-WebSocket-Accept", base64.b64encode(digest).decode())
+        elif self.path.startswith("/moved"):
             self.send_response(302)
             self.send_header("Location", f"ws://{self.headers['Host']}/elsewhere")
         else:
@@ -203,6 +212,11 @@ def other_server() -> Iterator[tuple[str, list[str]]]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://localhost:{server.server_address[1]}", server.asked  # type: ignore[attr-defined]
         server.shutdown()
+
+
+def test_another_version_is_refused(remote: RemoteHost) -> None:
+    with other_server() as (url, _):
+        refused(remote.ask("runs", "list", "--remote", f"{url}/other"), 9, "does not speak fabrik.v1")
 
 
 def test_a_redirect_is_not_followed(remote: RemoteHost) -> None:
