@@ -17691,6 +17691,8 @@ MANIFESTS: Final = {
             "namespace": "fabrik-system",
             "image": f"ghcr.io/dtechvision/fabrik-daemon:{__version__}",
             "host": "fabrik.example.com",  # what clients call it, beside the Service's names
+            "ingress_namespace": "kube-system",  # where k3s has its ingress controller
+            "monitoring_namespace": "monitoring",
         },
     ),
     "prometheus": Manifest(

@@ -680,5 +680,6 @@ def test_the_system_s_daemon_answers_where_there_is_no_own(
 
 def test_every_template_is_used() -> None:
     source = (ROOT / "fabrik_daemon.py").read_text(encoding="utf-8")
+    words = {word.replace("$form", "*") for word in re.findall(r'"([a-z.$-]+)"', source)}
     for path in TEMPLATES.iterdir():
-        assert f'"{path.name}"' in source, path.name
+        assert any(path.match(word) for word in words if word.strip("*.$-")), path.name
