@@ -86,6 +86,7 @@ Shell:
     Direct: storage       how full volumes are, from Prometheus
     Direct: logs          the logs of runs: from their Pods, from Loki, from what was kept
     Direct: reports       what a run's sidecar and workspace say
+    Direct: fresh         what API servers say at this moment, for `--fresh`
     Diagnosis             clusters test
     Diagnosis: this host  doctor: folders, cache, daemon, service
     Diagnosis: clusters and LAOS   doctor: credentials, reach, clocks, rights; services of LAOS
@@ -1273,6 +1274,7 @@ class Timing(NamedTuple):
     retention: float = 30 * 86400.0  # after a run's end
     query: float = 5.0  # user SQL
     sync: float = 60.0  # one full list of every cluster
+    fresh: float = 10.0  # the same for `--fresh`, where somebody waits
     idle_seq: float = 30.0  # subscribers who hear nothing are told how far the stream is
     request: float = 30.0  # from a request's first byte to its last
     ping: float = 30.0  # a WebSocket client that says nothing is asked whether it is there, and twice that is enough
@@ -14601,6 +14603,138 @@ def fill_run(run: Run, report: Report) -> Run:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Direct: fresh
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Fresh(NamedTuple):
+    """What API servers say at this moment, and who said nothing in time."""
+
+    store: Store
+    parts: list[Freshness]  # of those that answered
+    failed: list[Freshness]
+
+    def rows(self, kind: type[TableRow]) -> list[TableRow]:
+        """Return the rows of a table of those that answered."""
+        answered = {part.cluster for part in self.parts}
+        return [row for row in self.store.tables.rows(kind) if row.cluster in answered]
+
+
+class _Listener:
+    """Takes what clusters list into a store of its own; nothing of it is kept."""
+
+    def __init__(self, reactor: Reactor, store: Store) -> None:
+        self._reactor = reactor
+        self._store = store
+        self.clusters: list[Cluster] = []
+
+    def on_event(self, scope: Scope, event: WatchEvent) -> None:
+        """Do nothing: the list is all that is asked for."""
+
+    def on_list(self, scope: Scope, resource_version: str, items: list[Facts]) -> None:
+        """Take in a whole list."""
+        now = time.time()
+        self._store.replace(progress_of(scope, resource_version, now), items, now)
+
+    def on_watch_open(self, scope: Scope) -> None:
+        """Do nothing: this one only lists."""
+
+    def on_bookmark(self, scope: Scope, resource_version: str) -> None:
+        """Do nothing."""
+
+    def on_watch_state(self, scope: Scope, told: Told) -> None:
+        """Take in that a scope may not be read."""
+        if told.state == FORBIDDEN:
+            self._store.forbid(scope, time.time())
+
+    def on_new_epoch(self, name: str) -> None:
+        """Do nothing."""
+
+    def on_identity(self, name: str) -> bool:
+        """Go on."""
+        return True
+
+    def on_cluster_state(self, name: str) -> None:
+        """End when every cluster has answered or failed."""
+        if all(cluster.is_settled for cluster in self.clusters):
+            self._reactor.call_soon(self._reactor.stop)
+
+
+def ask_clusters(specs: Sequence[ClusterSpec], settings: Settings, snapshot: Snapshot, errors: TextIO) -> Fresh:
+    """List clusters as the daemon does, all at once, within `timing.fresh`.
+
+    `snapshot` is what the cache holds: a run keeps its key, and one whose Job is gone stays known.
+    """
+    reactor, store = Reactor(make_log("error", errors, LogRing())), Store(zone_of)
+    logging.getLogger("fabrik-daemon").setLevel(logging.CRITICAL)  # what went wrong is told at the end
+    store.load(snapshot)
+    store.set_priorities({spec.name: spec.priority for spec in specs})
+    credentials = Credentials(reactor, settings.timing)
+    listener = _Listener(reactor, store)
+    listener.clusters = [Cluster(spec, reactor, credentials, listener, settings.timing) for spec in specs]
+    for cluster in listener.clusters:
+        cluster.start({}, None, once=True)
+    reactor.call_later(settings.timing.fresh, reactor.stop)
+    reactor.run()
+    now = format_time(time.time(), milliseconds=True)
+    parts, failed = [], []
+    for cluster in listener.clusters:
+        trouble = cluster.trouble or "no answer in time"
+        if _has_answered(cluster):
+            skew_s = cluster.skew_s or 0.0
+            parts.append(Freshness(cluster.spec.name, connected=True, synced_at=now, skew_s=skew_s))
+        else:
+            failed.append(Freshness(cluster.spec.name, connected=False, synced_at=None, error=trouble))
+        cluster.stop()
+    credentials.close()
+    reactor.close()
+    return Fresh(store, parts, failed)
+
+
+def _has_answered(cluster: Cluster) -> bool:
+    """Say whether all was listed that may be: a right that is missing for some resources is no failure."""
+    listed = [watcher for watcher in cluster.watchers if watcher.was_listed]
+    forbidden = [watcher for watcher in cluster.watchers if watcher.told.state == FORBIDDEN]
+    return bool(listed) and len(listed) + len(forbidden) == len(cluster.watchers)
+
+
+def cached_snapshot(cache: str) -> Snapshot:
+    """Return what the cache holds, nothing where there is none or it cannot be read."""
+    try:
+        with contextlib.closing(CacheReader(cache)) as reader:
+            rows: list[TableRow] = []
+            for table, kind in TABLES.items():
+                rows += (kind(**row) for row in reader.rows(f"SELECT {', '.join(kind._fields)} FROM {table}"))  # noqa: S608
+            objects = []
+            for row in reader.rows("SELECT cluster, resource, namespace, name, facts FROM objects"):
+                with contextlib.suppress(ValueError, KeyError):
+                    facts = facts_from_json(row["resource"], row.pop("facts"))
+                    objects.append((ObjectKey(**row), facts))
+    except CacheError:
+        return Snapshot()
+    return Snapshot(objects, rows)
+
+
+def fill_from_sources(settings: Settings, spec: ClusterSpec, run: Run, errors: TextIO) -> tuple[Run, tuple[str, ...]]:
+    """Return a run with what its sidecar and its workspace say, as `statusSources` has it, and what went wrong."""
+    direct = Direct(settings, errors)
+    found: list[ReportAsked] = []
+
+    def take(asked: ReportAsked) -> None:
+        found.append(asked)
+        direct.reactor.call_soon(direct.reactor.stop)
+
+    try:
+        ask_report(direct.site(spec), run, settings.status_sources, take)
+        direct.run(settings.timing.fresh)
+    finally:
+        direct.close()
+    if not found:
+        return run, ("no answer in time",)
+    return fill_run(run, found[0].report), found[0].troubles
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Diagnosis
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -18841,8 +18975,8 @@ WARNINGS: Final = ListOf("warnings", ClusterEvent, WARNING_LIST_COLUMNS)
 
 def runs_list(context: Context, arguments: argparse.Namespace) -> int:
     """List runs, the newest first; with `--at` those of an earlier time."""
-    if arguments.at is not None and arguments.watch:
-        raise UsageError("--at and --watch exclude each other", "what was changes no more")
+    if arguments.at is not None and (arguments.watch or arguments.fresh):
+        raise UsageError("--at excludes --watch and --fresh", "what was changes no more")
     return _list(context, arguments, RUNS) if arguments.at is None else _list_past(context, arguments)
 
 
@@ -18881,9 +19015,11 @@ def clusters_list(context: Context, arguments: argparse.Namespace) -> int:
 
 def _list(context: Context, arguments: argparse.Namespace, listing: ListOf, *, usage: bool = False) -> int:
     request = list_request(arguments, listing.kind, time.time())
+    if arguments.watch and arguments.fresh:
+        raise UsageError("--watch and --fresh exclude each other", "what is watched is live")
     if arguments.watch:
         return _watch(context, arguments, listing, request)
-    found = find_rows(context, listing, request)
+    found = find_fresh(context, listing, request) if arguments.fresh else find_rows(context, listing, request)
     tell_source(context, found.source, found.parts, arguments.max_age)
     if usage and not add_usage(context, found.rows):
         raise UsageError("--usage: no Prometheus is configured", "set laos.prometheus.url in config.yaml")
@@ -19029,6 +19165,33 @@ def find_rows(context: Context, listing: ListOf, request: JsonObject) -> Found:
     return Found("the cache", parts, reader.rows(*statement))
 
 
+def find_fresh(context: Context, listing: ListOf, request: JsonObject) -> Found:
+    """Return the rows that a request for a list asks for, from the API servers themselves."""
+    wanted = parse_filter(request, LIST_FILTERS[listing.kind])
+    fresh = ask_fresh(context, sorted(wanted.clusters))
+    rows = [row for row in fresh.rows(listing.kind) if wanted.matches(row)]
+    selected = select_rows(rows, listing.kind, parse_selection(request, listing.kind))
+    exit_code = UnreachableError.exit_code if fresh.failed else 0
+    return Found("the API servers", fresh.parts, [row._asdict() for row in selected], exit_code)
+
+
+def ask_fresh(context: Context, names: Sequence[str]) -> Fresh:
+    """Ask the API servers of some clusters, all where none is named, and tell who does not answer."""
+    if context.settings.remote is not None:
+        raise UsageError("--fresh asks the clusters from this host", "leave out --remote")
+    specs = {spec.name: spec for spec in configured_clusters(context.settings, context.environment) if spec.enabled}
+    for name in names:
+        if name not in specs:
+            raise NotFoundError(f"no cluster {name!r}", nearest(name, specs) if specs else "none is configured")
+    if not specs:
+        raise NotFoundError("no cluster is configured", "see 'fabrik-daemon clusters add --help'")
+    asked = [specs[name] for name in names or specs]
+    fresh = ask_clusters(asked, context.settings, cached_snapshot(context.settings.cache), context.errors)
+    for part in fresh.failed:
+        context.warn(f"{part.cluster}: {part.error}")
+    return fresh
+
+
 def _clusters_in_cache(cache: str) -> list[JsonObject]:
     if not os.path.exists(cache):
         return []
@@ -19048,9 +19211,11 @@ def runs_show(context: Context, arguments: argparse.Namespace) -> int:
     named = [word for word in (arguments.id, arguments.run) if word is not None]
     if len(named) != 1:
         raise UsageError("name one run", "for example 'fabrik-daemon runs show @latest'")
-    wanted = named[0]
-    reply = ask(context, "run", runId=wanted)
-    if reply is not None:
+    wanted, code = named[0], 0
+    reply = None if arguments.fresh else ask(context, "run", runId=wanted)
+    if arguments.fresh:
+        source, parts, row, code = _fresh_run(context, wanted)
+    elif reply is not None:
         source, parts = context.daemon, [Freshness(**part) for part in reply["clusters"]]
         row = reply["run"]
     else:
@@ -19065,7 +19230,38 @@ def runs_show(context: Context, arguments: argparse.Namespace) -> int:
     add_usage(context, row["volumes"])
     shown = {**row, "events": row["events"] if arguments.events else None, "log": row["log"][-KEPT_LINES_SHOWN:]}
     print_answer(context, arguments.output, row, lambda now: format_run(shown, now, context.width, context.style))
-    return 0
+    return code
+
+
+def _fresh_run(context: Context, wanted: str) -> tuple[str, list[Freshness], JsonObject, int]:
+    """Return where it comes from, how fresh it is, a run's row as its API server has it, and the exit code."""
+    settings = context.settings
+    try:  # what is known already says which cluster to ask
+        names = [
+            pick_run([row for row in cached_snapshot(settings.cache).rows if isinstance(row, Run)], wanted).cluster
+        ]
+    except (NotFoundError, UsageError):
+        names = []
+    fresh = ask_fresh(context, [] if wanted.startswith("@") else names)
+    if not fresh.parts:
+        raise UnreachableError("no cluster answered", "leave out --fresh to see what is known")
+    run = pick_run([row for row in fresh.rows(Run) if isinstance(row, Run)], wanted)
+    specs = {spec.name: spec for spec in configured_clusters(settings, context.environment)}
+    if len(settings.status_sources) > 1 and run.cluster in specs:
+        run, troubles = fill_from_sources(settings, specs[run.cluster], run, context.errors)
+        for trouble in troubles:
+            context.warn(f"{run.run_id}: {trouble}")
+    events: list[JsonObject] = []
+    with contextlib.suppress(CacheError), contextlib.closing(CacheReader(settings.cache)) as reader:
+        events = reader.run_details(run.run_id)["events"]
+    tables = {"volumes": Volume, "warnings": ClusterEvent}
+    details = {
+        name: [row._asdict() for row in fresh.rows(kind) if getattr(row, "run_id", None) == run.run_id]
+        for name, kind in tables.items()
+    }
+    parts = [part for part in fresh.parts if part.cluster == run.cluster]
+    code = UnreachableError.exit_code if fresh.failed else 0
+    return "the API server", parts, {**run._asdict(), "events": events, **details}, code
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -20030,6 +20226,12 @@ def output_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-headers", action="store_true", help="without titles (table, wide, csv, tsv)")
 
 
+def _fresh_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--fresh", action="store_true", help="ask the API servers themselves; 5 where one does not answer in time"
+    )
+
+
 def _freshness_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-age", type=_seconds_argument, metavar="AGE", help="end with 6 where what is known is older than AGE (5m)"
@@ -20075,6 +20277,7 @@ def _list_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sort-by", metavar="COLUMN", help="rising by a column, as -o json names them")
     parser.add_argument("--reverse", action="store_true", help="the other way round")
     parser.add_argument("--limit", type=count_argument, metavar="N", help="at most the first N rows")
+    _fresh_argument(parser)
     _freshness_arguments(parser)
     output_argument(parser)
 
@@ -20144,6 +20347,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
 def _runs_show_arguments(parser: argparse.ArgumentParser) -> None:
     _run_arguments(parser)
     parser.add_argument("--events", action="store_true", help="with every event of its history")
+    _fresh_argument(parser)
     _freshness_arguments(parser)
     output_argument(parser)
 
