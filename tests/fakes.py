@@ -322,7 +322,7 @@ class KubernetesApi(ApiServer):
             return
         route = _ROUTE.fullmatch(request.path)
         if not route or RESOURCES[route["resource"]].prefix != route["prefix"]:
-            exchange.send(self._other(request.path))
+            exchange.send(self.other(request.path))
             return
         resource = route["resource"]
         fault = self._fault(resource, "watch" if request.is_watch else "list") or self._version_fault(request, resource)
@@ -363,7 +363,7 @@ class KubernetesApi(ApiServer):
         allowed = f"{asked['verb']} {asked['resource']}{part}" not in self.denied
         return Response(201, encode({**review, "status": {"allowed": allowed}}))
 
-    def _other(self, path: str) -> Response:
+    def other(self, path: str) -> Response:
         if path.rstrip("/") == "/version":
             _, body, _ = parse_response((RECORDINGS / "15-refusals" / "get-version.http").read_bytes())
             return Response(200, body)
@@ -432,7 +432,14 @@ class KubernetesApi(ApiServer):
             if 0 < limit < len(items):
                 metadata["continue"] = self._new_page(version, items[limit:])
                 metadata["remainingItemCount"] = len(items) - limit
-        return _list_response(resource, metadata, items[:limit] if limit else items)
+        return self.list_response(resource, metadata, items[:limit] if limit else items)
+
+    def list_response(self, resource: str, metadata: JsonObject, items: Iterable[JsonObject]) -> Response:
+        """Return a list; its items lose kind and apiVersion, as on a real server."""
+        names = RESOURCES[resource]
+        bare = [{key: value for key, value in item.items() if key not in {"kind", "apiVersion"}} for item in items]
+        head = {"kind": f"{names.kind}List", "apiVersion": names.api_version}
+        return Response(200, encode({**head, "metadata": metadata, "items": bare}))
 
     def _new_page(self, version: int, items: Sequence[JsonObject]) -> str:
         token = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
@@ -521,14 +528,6 @@ class Cursor(NamedTuple):
         fresh = [change for change in new if change.type == "BOOKMARK" or change.version > self.start]
         chunks = [chunk for change in fresh for chunk in change.chunks_for(self.selector)]
         return chunks, self._replace(position=self.position + len(new))
-
-
-def _list_response(resource: str, metadata: JsonObject, items: Iterable[JsonObject]) -> Response:
-    """Return a list; its items lose kind and apiVersion, as on a real server."""
-    names = RESOURCES[resource]
-    bare = [{key: value for key, value in item.items() if key not in {"kind", "apiVersion"}} for item in items]
-    head = {"kind": f"{names.kind}List", "apiVersion": names.api_version}
-    return Response(200, encode({**head, "metadata": metadata, "items": bare}))
 
 
 def _no_watch_list() -> Response:

@@ -1,31 +1,36 @@
 """Measures what taking in a change costs: pods' changes as fast as the server can send them, over TLS.
 
 The clock is the operating system's: processor time of the daemon from before the first change is sent until the last
-one is a row in cache.db and a line at one subscriber, over the number of changes. The limit that every figure is held
-against is `json.loads` over the same lines in a bare loop.
+one is a row in cache.db and a line at one subscriber, over the number of changes. Peers do less: they take the
+events, as JSON or as objects, and drop them. The limit that every figure is held against is `json.loads` over the
+same lines in a bare loop.
+
+    .venv/bin/python tests/bench/ingest.py [--events N] [--peers PYTHON] [-o json]
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
-ROOT: Final = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-from harness import Cluster, wait_until  # noqa: E402 - found through the path above
-from links import LooseDaemon  # noqa: E402
+from bench.measuring import cpu_s, resident_mb, serving  # noqa: E402 - found through the path above
+from harness import wait_until  # noqa: E402
 from pod_server import PodServer, Work, recorded_event  # noqa: E402
 
-TICKS: Final = os.sysconf("SC_CLK_TCK")
-PATIENCE_S: Final = 120.0
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+PATIENCE_S: Final = 240.0
 BARE: Final = """
 import json, sys, time
 lines = sys.stdin.buffer.read().splitlines()
@@ -34,26 +39,58 @@ for line in lines:
     json.loads(line)
 print(time.process_time() - began)
 """
-
-
-class Ingest(NamedTuple):
-    """Figures of one round, per change."""
-
-    cpu_us: float
-    wall_us: float
-    bare_us: float  # json.loads of the same lines
-    rss_mb: float
-
-    @property
-    def ratio(self) -> float:
-        """Processor time over that of bare parsing."""
-        return self.cpu_us / self.bare_us
-
-
-def cpu_s(pid: int) -> float:
-    """Return the processor time that a process and its threads have used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS
+# Each takes the watch until the last change has come; it says when it is ready, and then what it used.
+_PEER: Final = """
+import sys, time
+kubeconfig, begun = sys.argv[1], []
+def ready():
+    begun.append(time.process_time())
+    print("ready", flush=True)
+def ended(task):
+    if task == "last":
+        print(time.process_time() - begun[0], flush=True)
+        sys.exit()
+"""
+PEERS: Final[Mapping[str, str]] = {
+    "kubernetes Watch": """
+from kubernetes import client, config, watch
+config.load_kube_config(kubeconfig)
+api = client.CoreV1Api()
+version = api.list_namespaced_pod("fabrik-runs").metadata.resource_version
+ready()
+for event in watch.Watch().stream(api.list_namespaced_pod, "fabrik-runs", resource_version=version):
+    ended(event["object"].metadata.annotations["fabrik.dev/task"])
+""",
+    "lightkube": """
+from lightkube import Client, KubeConfig
+from lightkube.resources.core_v1 import Pod
+client = Client(KubeConfig.from_file(kubeconfig).get())
+pods = client.list(Pod, namespace="fabrik-runs")
+list(pods)
+ready()
+for kind, pod in client.watch(Pod, namespace="fabrik-runs", resource_version=pods.resourceVersion):
+    ended(pod.metadata.annotations["fabrik.dev/task"])
+""",
+    "kr8s": """
+import kr8s
+api = kr8s.api(kubeconfig=kubeconfig)
+ready()
+for kind, pod in api.watch("pods", namespace="fabrik-runs"):
+    ended(pod.annotations["fabrik.dev/task"])
+""",
+    "kubernetes_asyncio": """
+import asyncio
+from kubernetes_asyncio import client, config, watch
+async def main():
+    await config.load_kube_config(kubeconfig)
+    api = client.CoreV1Api()
+    version = (await api.list_namespaced_pod("fabrik-runs")).metadata.resource_version
+    ready()
+    async for event in watch.Watch().stream(api.list_namespaced_pod, "fabrik-runs", resource_version=version):
+        ended(event["object"].metadata.annotations["fabrik.dev/task"])
+asyncio.run(main())
+""",
+}
 
 
 def bare_s(work: Work, python: str = sys.executable) -> float:
@@ -62,46 +99,90 @@ def bare_s(work: Work, python: str = sys.executable) -> float:
     return float(done.stdout)
 
 
-def measure(work: Work, python: str = sys.executable) -> Ingest:
-    """Run server, daemon and subscriber once."""
-    with tempfile.TemporaryDirectory(prefix="fabrik-bench-") as name:
-        root = Path(name)
-        (root / "shiv").mkdir(mode=0o700)
-        with PodServer(work, root) as server:
-            place = (ROOT / "dist" / "fabrik-daemon", root / "shiv", root / "daemon")
-            daemon = LooseDaemon(place, [Cluster(server, "bench")])  # type: ignore[arg-type]  # writes a kubeconfig too
-            daemon.python = python
-            try:
-                daemon.launch()
-                daemon.wait_connected("bench")
-                subscriber = daemon.subscribe()
-                time.sleep(1.0)  # what a start leaves to do is not what is measured
-                before, began = cpu_s(daemon.pid), time.monotonic()
-                server.go()
-                wait_until(
-                    lambda: any(line.get("currentTask") == "last" for line in list(subscriber.messages)[-3:]),
-                    PATIENCE_S,
-                    "the last change reaches the subscriber",
-                )
-                wait_until(
-                    lambda: daemon.rows("SELECT 1 FROM runs WHERE current_task = 'last'"), PATIENCE_S, "and the cache"
-                )
-                used, took = cpu_s(daemon.pid) - before, time.monotonic() - began
-                rss_mb = daemon.resident_bytes / 1e6
-            finally:
-                daemon.kill()
-    bare = bare_s(work, python)
-    cpu_us, wall_us, bare_us = (round(seconds / work.events * 1e6, 1) for seconds in (used, took, bare))
-    return Ingest(cpu_us, wall_us, bare_us, round(rss_mb, 1))
+def daemon_s(work: Work, python: str = sys.executable) -> tuple[float, float, float]:
+    """Return the daemon's processor time and the time it took, in seconds, and its memory afterwards in MB."""
+    with serving([work], python) as ((server,), daemon):
+        daemon.launch()
+        daemon.wait_connected("c0")
+        subscriber = daemon.subscribe()
+        time.sleep(1.0)  # what a start leaves to do is not what is measured
+        before, began = cpu_s(daemon.pid), time.monotonic()
+        server.go()
+        wait_until(
+            lambda: any(line.get("currentTask") == "last" for line in list(subscriber.messages)[-3:]),
+            PATIENCE_S,
+            "the last change reaches the subscriber",
+        )
+        wait_until(lambda: daemon.rows("SELECT 1 FROM runs WHERE current_task = 'last'"), PATIENCE_S, "and the cache")
+        return cpu_s(daemon.pid) - before, time.monotonic() - began, resident_mb(daemon.pid)
+
+
+def kubectl_s(work: Work) -> float:
+    """Return the processor time of `kubectl get --watch` over the same changes."""
+    with tempfile.TemporaryDirectory(prefix="fabrik-bench-") as name, PodServer(work, Path(name)) as server:
+        command = ["kubectl", "--kubeconfig", str(server.path), "get", "pods", "-n", "fabrik-runs"]
+        command += ["--watch-only", "--output-watch-events", "-o", "json"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            time.sleep(2.0)
+            assert process.stdout
+            before = cpu_s(process.pid)
+            server.go()
+            for line in process.stdout:
+                if b'"fabrik.dev/task": "last"' in line:
+                    break
+            used: float = cpu_s(process.pid) - before
+            process.kill()
+    return used
+
+
+def peer_s(work: Work, python: str, program: str) -> float:
+    """Return the processor time of another client over the same changes."""
+    with tempfile.TemporaryDirectory(prefix="fabrik-bench-") as name, PodServer(work, Path(name)) as server:
+        command = [python, "-c", _PEER + program, str(server.path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout
+            if not process.stdout.readline():
+                raise RuntimeError("it ended before its watch began")
+            server.go()
+            return float(process.stdout.readline())
+
+
+def measure(work: Work, python: str, peers: str) -> dict[str, float]:
+    """Return the processor time per change of everybody, in microseconds, and what else is known of the daemon."""
+    used, took, memory_mb = daemon_s(work, python)
+    found = {"fabrik-daemon": used, "bare json.loads": bare_s(work, python)}
+    if shutil.which("kubectl"):
+        found["kubectl get --watch"] = kubectl_s(work)
+    for name, program in PEERS.items() if peers else ():
+        found[name] = peer_s(work, peers, program)
+    figures = {name: round(seconds / work.events * 1e6, 1) for name, seconds in found.items()}
+    return {
+        **figures,
+        "daemon's time per change": round(took / work.events * 1e6, 1),
+        "daemon's MB": round(memory_mb, 1),
+    }
 
 
 def main() -> None:
     """Measure once and print."""
-    work = Work(500, int(sys.argv[1]) if len(sys.argv) > 1 else 20_000)
-    figures = measure(work)
-    print(f"{work.events} changes of {len(recorded_event(work.whole))} bytes, {work.runs} runs")
-    print(json.dumps({**figures._asdict(), "ratio": round(figures.ratio, 2)}))
-    print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024, "MB at most")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--events", type=int, default=20_000, metavar="N", help="how many changes (default: 20000)")
+    parser.add_argument("--runs", type=int, default=500, metavar="N", help="of how many runs (default: 500)")
+    parser.add_argument("--whole", action="store_true", help="pods as recorded, of 10 KB")
+    parser.add_argument("--python", default=sys.executable, help="the daemon's interpreter (default: this one)")
+    parser.add_argument("--peers", default="", metavar="PYTHON", help="an interpreter that has the peers")
+    parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="format (default: text)")
+    arguments = parser.parse_args()
+    work = Work(arguments.runs, arguments.events, whole=arguments.whole)
+    figures = measure(work, arguments.python, arguments.peers)
+    if arguments.output == "json":
+        print(json.dumps(figures, indent=2))
+        return
+    print(f"{work.events} changes of {len(recorded_event(work.whole))} bytes, {work.runs} runs, {os.cpu_count()} cpus")
+    daemon = figures["fabrik-daemon"]
+    for name, value in figures.items():
+        ratio = f"  daemon is {daemon / value:.2f} x" if name not in {"fabrik-daemon"} and "daemon" not in name else ""
+        print(f"  {name:<26}{value:>9.1f} {'' if 'MB' in name else 'us'}{ratio}")
 
 
 if __name__ == "__main__":
