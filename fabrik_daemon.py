@@ -430,9 +430,6 @@ BAR_CELLS: Final = 18  # a progress bar with its figures, where there is room fo
 LOG_LINE_MAX_BYTES: Final = 256 * 1024  # a container may print without ever ending a line
 LOG_LINES_KNOWN: Final = 1000  # of those read last, to know them again
 LOG_TRIES: Final = 3  # to reach a log at all
-LOG_STRANGE_TRIES: Final = (
-    4  # with back-off some ten seconds: the API server learns of a restart later than that rarely
-)
 KEPT_LINES: Final = 50  # of a failed run's container
 KEPT_READ_BYTES: Final = 2**20  # of its log at most
 SIDECARS_AT_ONCE: Final = 8  # of all clusters together
@@ -5816,7 +5813,7 @@ class LogDecoder:
 
 
 class LogCursor:
-    """How far a container's log was read.
+    """How far the log of a Pod's container was read, over its restarts.
 
     `sinceTime` has whole seconds on the kubelet's side, so what is asked for again begins before the last line. A log
     is read in the order it was written: what comes up to that line was there before, what follows is new.
@@ -5827,6 +5824,7 @@ class LogCursor:
         self._equal = 0  # how many lines like the last one stood at its time
         self._recent: deque[LogLine] = deque(maxlen=LOG_LINES_KNOWN)
         self._to_find = 0  # so many lines like the last one are still to come before anything is new
+        self._may_differ = False
 
     @property
     def since(self) -> str | None:
@@ -5834,23 +5832,25 @@ class LogCursor:
         epoch = epoch_of(self._last.time) if self._last is not None else None
         return None if epoch is None else format_time(epoch // 1 - 1)  # times may jump back by a little between streams
 
-    def resume(self) -> None:
-        """Expect the log again from `since`."""
-        self._to_find = self._equal
+    def resume(self, *, may_differ: bool) -> None:
+        """Expect what is there from `since` on: the log that was read before, or where it may differ a later one."""
+        self._to_find, self._may_differ = self._equal, may_differ
 
     def take(self, line: LogLine) -> bool | None:
-        """Say whether a line is new; None where this cannot be the log that was read before."""
-        if not self._to_find:
-            self._keep(line)
-            return True
-        if line == self._last:
+        """Say whether a line is new; None where this cannot be the log that it should be."""
+        if self._to_find and line == self._last:
             self._to_find -= 1
-        elif self._is_later(line) and line not in self._recent:
+            return False
+        if self._to_find and (line in self._recent or not self._is_later(line)):
+            return False
+        if self._to_find and not self._may_differ:
             return None
-        return False
+        self._to_find = 0
+        self._keep(line)
+        return True
 
     @property
-    def is_lost(self) -> bool:
+    def is_behind(self) -> bool:
         """Whether the line to go on from has not come."""
         return self._to_find > 0
 
@@ -6031,26 +6031,29 @@ class _Pauses:
 
 
 class LogMachine:
-    """Reads one run's log over connections that break, containers that restart and Pods that are replaced."""
+    """Reads one run's log over connections that break, containers that restart and Pods that are replaced.
+
+    The kubelet knows of a restart before the API server does, so what the API server says of it is only a hint: where
+    another log comes than was read before, or a restart is told of, the log of the container before the present one is
+    read from the last line on, then the present one's.
+    """
 
     def __init__(self, wish: LogWish, timing: Timing, jitter: Callable[[], float]) -> None:
         self._wish = wish
         self._pauses = _Pauses(timing, jitter)
         self._cursor = LogCursor()
         self._pod: PodView | None = None  # as it was last seen
-        self._number = 0  # which of its container's instances is read
-        self._whole = False  # all of that instance was read
+        self._number = 0  # the restarts of its container that the API server told of
+        self._earlier = False  # the container before the present one is to be read first
+        self._may_differ = False  # the present one may be another than that of the last line
+        self._whole = False  # the present one was read to its end
         self._reading: OpenLog | None = None
+        self._has_news = False  # that has brought a new line
         self._passed: set[str] = set()  # uids of Pods that need no reading any more
-        self._strange = 0  # how often another log came than was read before
         self._said = ""
 
-    def start(self) -> list[LogAction]:
-        """Begin."""
-        return [FindPods()]
-
     def due(self) -> list[LogAction]:
-        """Go on after a pause, or look around after a long silence."""
+        """Begin, go on after a pause, or look around after a long silence."""
         return [FindPods()]
 
     def on_line(self, line: LogLine) -> list[LogAction]:
@@ -6061,9 +6064,12 @@ class LogMachine:
         is_new = self._cursor.take(line)
         if is_new is None:
             self._reading = None
-            return [CloseLog(), *self._on_other_log(reading)]
+            self._turn()
+            return [CloseLog(), FindPods()]
+        if not reading.previous and not self._cursor.is_behind:
+            self._may_differ = False
         if is_new:
-            self._pauses.failures, self._said = 0, ""
+            self._pauses.failures, self._said, self._has_news = 0, "", True
             return [ShowLine(reading.pod, reading.container, line)]
         return []
 
@@ -6072,29 +6078,33 @@ class LogMachine:
         reading, self._reading = self._reading, None
         if reading is None:
             return []
+        if self._earlier and (not error or status == 400):  # 400: there is none before
+            self._earlier = self._has_news  # the container may have been restarted again meanwhile
+            return [FindPods()]
         if error:
+            self._earlier = self._may_differ  # nobody knows which log this was
             return self._on_failure(status, error)
-        if self._cursor.is_lost:
-            return self._on_other_log(reading)
+        if self._cursor.is_behind and not self._may_differ:
+            self._turn()
+            return [self._pauses.next(LOG_POLL_DOUBLINGS)]
         self._whole = not reading.follow
         if not self._wish.follow:
             return [LogOver()]
-        if self._whole:
-            return [FindPods()]
-        return [self._pauses.next()]  # it may have ended with its container: the API server has yet to learn of that
+        # It may have ended with its container, of which the API server has yet to learn.
+        return [FindPods()] if self._whole else [self._pauses.next(LOG_POLL_DOUBLINGS)]
 
     def on_pods(self, pods: Sequence[PodView], *, over: bool | None) -> list[LogAction]:
         """Take in the run's Pods, and whether its Job is over; None: unknown."""
         pods = sorted(pods, key=lambda pod: (pod.created_at, pod.name))
-        if self._reading is not None and not self._reading.follow:
+        if self._reading is None:
+            return self._next(pods, over)
+        if not self._reading.follow:
             return []
-        if self._reading is not None:
-            container = self._present(pods)
-            if container is not None and container.number == self._number and container.state == "running":
-                return []
-            self._reading = None
-            return [CloseLog(), *self._next(pods, over)]
-        return self._next(pods, over)
+        container = self._present(pods)
+        if container is not None and container.number == self._number and container.state == "running":
+            return []
+        self._reading = None
+        return [CloseLog(), *self._next(pods, over)]
 
     def on_trouble(self, status: int, error: str) -> list[LogAction]:
         """Take in that the Pods cannot be listed."""
@@ -6123,12 +6133,21 @@ class LogMachine:
             self._passed.add(pod.uid)
             was_whole, self._whole = self._whole, True
             return [] if was_whole else [Say(f"Pod {pod.name} is gone, maybe with its last lines"), FindPods()]
-        if container.number > self._number:
-            return self._after_restart(container)
-        if not self._whole:
-            return [self._open(previous=False, follow=container.state == "running" and self._wish.follow)]
-        self._passed.update({pod.uid} if pod.is_over else ())
-        return []
+        told = self._on_number(container)
+        if self._whole:
+            self._passed.update({pod.uid} if pod.is_over else ())
+            return []
+        return [*told, self._open(container)]
+
+    def _on_number(self, container: ContainerView) -> list[LogAction]:
+        missing = container.number - self._number
+        if missing <= 0:
+            return []
+        self._number = container.number
+        self._turn()
+        is_lost = missing > 1 and self._wish.follow
+        lost = f" {missing} times: what it printed in between may be missing" if is_lost else ""
+        return [Say(f"container {container.name} was restarted{lost}")]
 
     def _present(self, pods: Sequence[PodView]) -> ContainerView | None:
         """Return the container that is read as it is now."""
@@ -6152,19 +6171,23 @@ class LogMachine:
             return self._begin_previous(pod, container, [other for other in pods if other.created_at < pod.created_at])
         if container.state == "waiting":
             return self._on_waiting(pod, container)
-        told = [Say(f"Pod {self._pod.name} was followed by {pod.name}")] if self._pod is not None else []
-        self._turn_to(pod, container.number)
-        return [*told, self._open(previous=False, follow=container.state == "running" and self._wish.follow)]
+        told: list[LogAction] = []
+        if self._pod is not None:
+            told, self._cursor = [Say(f"Pod {self._pod.name} was followed by {pod.name}")], LogCursor()
+            self._turn()
+        self._pod, self._number = pod, container.number
+        return [*told, self._open(container)]
 
     def _begin_previous(self, pod: PodView, container: ContainerView, earlier: Sequence[PodView]) -> list[LogAction]:
         if container.number:
-            self._turn_to(pod, container.number - 1)
-            return [self._open(previous=True, follow=False)]
+            self._pod, self._number = pod, container.number
+            return [self._open(container)]
         before = earlier[-1].container(self._wish.container) if earlier else None
         if before is None or before.state == "waiting":
             return [LogOver("it has no container before the present one")]
-        self._turn_to(earlier[-1], before.number)
-        return [self._open(previous=False, follow=False)]
+        self._wish = self._wish._replace(previous=False)
+        self._pod, self._number = earlier[-1], before.number
+        return [self._open(before)]
 
     def _on_waiting(self, pod: PodView, container: ContainerView) -> list[LogAction]:
         told = f"Pod {pod.name} waits" + (f": {container.reason}" if container.reason else "")
@@ -6175,44 +6198,22 @@ class LogMachine:
             return [*self._tell(f"Pod {pod.name} never began"), FindPods()]
         return self._look_again(told)
 
-    def _after_restart(self, container: ContainerView) -> list[LogAction]:
-        """Read the rest of the instance before, which is there as `previous`, then the new one."""
-        missing = container.number - self._number
-        if missing == 1 and not self._whole:
-            return [self._open(previous=True, follow=False)]
-        is_lost = missing > 2 or (missing > 1 and not self._whole)
-        told = f"container {container.name} was restarted" + (", and what it printed before is gone" if is_lost else "")
-        self._turn_to(self._pod, container.number - 1 if missing > 1 else container.number)
-        previous = missing > 1
-        return [Say(told), self._open(previous=previous, follow=container.state == "running" and not previous)]
+    def _turn(self) -> None:
+        """Read the container before the present one from the last line on, then the present one."""
+        if self._wish.follow:
+            self._earlier = self._may_differ = True
+        self._whole = False
+        self._wish = self._wish._replace(since_s=None, tail=None)
 
-    def _turn_to(self, pod: PodView | None, number: int) -> None:
-        """Read another instance, from its start; only the first one's may be cut."""
-        if self._pod is not None:
-            self._wish = self._wish._replace(since_s=None, tail=None)
-        self._pod, self._number, self._whole, self._cursor = pod, number, False, LogCursor()
-        self._pauses.failures = self._strange = 0
-
-    def _open(self, *, previous: bool, follow: bool) -> OpenLog:
-        pod, since, wish = self._pod, self._cursor.since, self._wish
-        self._cursor.resume()
-        name, container = (pod.name, wish.container or pod.chosen) if pod is not None else ("", "")
+    def _open(self, container: ContainerView) -> OpenLog:
+        since, wish = self._cursor.since, self._wish
+        previous = self._earlier or wish.previous
+        follow = wish.follow and not previous and container.state == "running"
+        self._cursor.resume(may_differ=self._earlier or self._may_differ or not wish.follow)
         limits = (None, None) if since else (wish.since_s, wish.tail)
-        self._reading = OpenLog(name, container, previous, follow, since, *limits)
+        name, self._has_news = self._pod.name if self._pod is not None else "", False
+        self._reading = OpenLog(name, container.name, previous, follow, since, *limits)
         return self._reading
-
-    def _on_other_log(self, reading: OpenLog) -> list[LogAction]:
-        """Find out what the log is that came in place of the one that was read before.
-
-        The container was restarted, which the kubelet knows before the API server does; else its log was rotated.
-        """
-        self._strange += 1
-        if self._strange > LOG_STRANGE_TRIES:
-            self._strange, self._cursor = 0, LogCursor()
-            return [Say("the log was rotated: lines may be missing, or come again"), FindPods()]
-        if reading.previous:
-            self._number += 1  # it was the present instance that was read
-        return [self._pauses.next()]
 
     def _on_failure(self, status: int, error: str) -> list[LogAction]:
         given_up = self._pauses.failures + 1 >= LOG_TRIES and (not self._wish.follow or self._pod is None)
@@ -14119,7 +14120,7 @@ class LogTail:
 
     def start(self) -> None:
         """Begin."""
-        self._do(self._machine.start())
+        self._do(self._machine.due())
 
     def on_head(self, head: ResponseHead) -> None:
         """Take in status and headers of the log's response."""
