@@ -19248,7 +19248,7 @@ def _fresh_run(context: Context, wanted: str) -> tuple[str, list[Freshness], Jso
         raise UnreachableError("no cluster answered", "leave out --fresh to see what is known")
     run = pick_run([row for row in fresh.rows(Run) if isinstance(row, Run)], wanted)
     specs = {spec.name: spec for spec in configured_clusters(settings, context.environment)}
-    if len(settings.status_sources) > 1 and run.cluster in specs:
+    if set(settings.status_sources) & {"sidecar", "exec"} and run.cluster in specs:
         run, troubles = fill_from_sources(settings, specs[run.cluster], run, context.errors)
         for trouble in troubles:
             context.warn(f"{run.run_id}: {trouble}")

@@ -188,3 +188,20 @@ def test_a_report_fills_only_what_annotations_leave_open() -> None:
     assert filled.status == "blocked"
     over = run._replace(status="failed")
     assert fill_run(over, report) == over
+
+
+def test_a_fresh_run_is_read_by_exec_where_that_is_switched_on(
+    server: ModelServer, executable: Path, unpacked: Path, tmp_path: Path
+) -> None:
+    server.writable = frozenset([EXEC])
+    server.put("pods", pod(1))
+    server.files[POD] = json.dumps({"phase": "gate", "current_task": "3:test"}).encode()
+    place = (executable, unpacked, tmp_path / "daemon")
+    cluster = Cluster(server, access=Access(auth="token"))
+    daemon = LooseDaemon(place, [cluster], config={"statusSources": ["exec"]})
+    row = daemon.json("runs", "show", run_id(1), "--fresh")
+    assert (row["status"], row["phase"], row["current_task"]) == ("blocked", "human-gate", "3:test")
+    (daemon.folder / "config.yaml").write_text("{}")
+    row = daemon.json("runs", "show", run_id(1), "--fresh")
+    assert (row["status"], row["phase"]) == ("running", None)
+    assert len(server.asked(lambda request: request.path == EXEC)) == 1
