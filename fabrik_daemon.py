@@ -14578,7 +14578,7 @@ def _right(got: Got, right: str) -> str:
 
 def _exec_status(site: Site, view: PodView, pod: PodFacts, finish: _Finish) -> None:
     def on_output(output: bytes, error: str) -> None:
-        told = f"{error} (grant create on pods/exec)" if "forbidden" in error else error
+        told = f"{error} (grant get and create on pods/exec)" if "forbidden" in error else error
         finish("exec", parse_json_object(output.decode("utf-8", "replace")) or {}, told)
 
     words = [("command", "cat"), ("command", STATUS_FILE), ("stdout", "true"), ("container", view.chosen)]
@@ -14991,8 +14991,29 @@ def _service(home: str) -> Iterator[Finding]:
         if missing:
             told = f"it starts {missing[0]}, which is not there"
             yield Finding("service", path, "problem", told, "run 'fabrik-daemon install-service' again")
+        elif _has_failed(path):
+            which = "--user " if "/user/" in path else ""
+            fix = f"see 'journalctl {which}-u fabrik-daemon', then 'systemctl {which}restart fabrik-daemon'"
+            yield Finding("service", path, "problem", "systemd gave it up after it failed", fix)
         else:
             yield Finding("service", path, "ok", "what it starts is there")
+
+
+def _has_failed(path: str) -> bool:
+    """Say whether systemd has given a unit up; where there is no systemd that answers, nobody has."""
+    which = ["--user"] if "/user/" in path else []
+    try:
+        done = subprocess.run(
+            ["systemctl", *which, "is-failed", os.path.basename(path)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=CLIENT_TIMEOUT_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return path.endswith(".service") and done.stdout.strip() == b"failed"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -15054,7 +15075,7 @@ def rights_used(spec: ClusterSpec, settings: Settings) -> list[Right]:
         if "sidecar" in settings.status_sources:
             rights.append(Right("get", "pods/proxy", "", namespace, why="for the sidecar's status"))
         if "exec" in settings.status_sources:
-            rights.append(Right("create", "pods/exec", "", namespace, why="for the exec status"))
+            rights += [Right(verb, "pods/exec", "", namespace, why="for the exec status") for verb in ("get", "create")]
     return [*rights, Right("get", "namespaces", "", "", "kube-system", "to tell a rebuilt cluster from the old one")]
 
 

@@ -272,6 +272,31 @@ def service_of_another_place(ward: Ward) -> Fix:
     return fix
 
 
+def service_that_failed(ward: Ward) -> Fix:
+    service_of_another_place(ward)()
+    program = ward.host.root / "bin" / "systemctl"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho failed\n")
+    program.chmod(0o755)
+    ward.host.environment["PATH"] = f"{program.parent}:{ward.host.environment['PATH']}"
+    return lambda: program.write_text("#!/bin/sh\necho active\n")
+
+
+def expired_server_certificate(ward: Ward) -> Fix:
+    good, expired = ward.server.authority, Authority()
+    when = datetime.datetime(2025, 1, 2, tzinfo=datetime.timezone.utc)
+    expired._server = expired._ca.issue_cert("127.0.0.1", not_before=when.replace(year=2024), not_after=when)
+
+    def serve_with(authority: Authority | None) -> None:
+        ward.server.stop()
+        ward.server.authority = authority
+        ward.server.start()
+        ward.write_kubeconfig()
+
+    serve_with(expired)
+    return lambda: serve_with(good)
+
+
 def unreachable_loki(ward: Ward) -> Fix:
     return ward.change_config(laos={"loki": {"url": f"http://127.0.0.1:{free_port()}"}})
 
@@ -320,7 +345,7 @@ FAULTS: Final[dict[Callable[[Ward], Fix], tuple[str, str, str]]] = {
     server_that_is_not_there: ("cluster", "Connection refused", "start the cluster"),
     twin: ("cluster", "the same cluster as again", "clusters remove test"),
     forbidden_resource: ("rights", "may not list cronjobs.batch", "grant it to this user: list cronjobs.batch"),
-    clock_an_hour_off: ("clock", "its clock is 60m ahead", "timedatectl"),
+    clock_an_hour_off: ("clock", "ahead of this host's", "timedatectl"),
     open_folder: ("folders", "others may write to it", "chmod go-rwx"),
     open_socket_folder: ("socket", "others may write in", "chmod go-w"),
     damaged_cache: ("cache", "malformed", "sync"),
@@ -330,6 +355,8 @@ FAULTS: Final[dict[Callable[[Ward], Fix], tuple[str, str, str]]] = {
     crash_record: ("daemon", "Segmentation fault", "fabrik-daemon start"),
     other_version: ("daemon", "version 9.9.9 runs", "fabrik-daemon restart"),
     service_of_another_place: ("service", "/nonexistent/fabrik-daemon, which is not there", "install-service"),
+    service_that_failed: ("service", "systemd gave it up", "journalctl --user -u fabrik-daemon"),
+    expired_server_certificate: ("cluster", "certificate has expired", "renew the server's certificate"),
     unreachable_loki: ("laos", "Connection refused", "correct its url"),
     loki_without_its_password: ("laos", "No such file", "write that file"),
 }
@@ -344,7 +371,8 @@ def laos() -> Iterator[None]:
 # Those that can stand together are looked at together; each is planted before those that its fix needs ended.
 GROUPS: Final = (
     (crash_record, unknown_key, readable_kubeconfig, service_of_another_place),
-    (stale_socket, unknown_key_of_a_cluster),
+    (stale_socket, unknown_key_of_a_cluster, service_that_failed),
+    (expired_server_certificate,),
     (cluster_that_nobody_named, open_socket_folder),
     (damaged_cache, wrong_ca, open_folder, unreachable_loki),
     (no_cache_at_all, expired_token),
