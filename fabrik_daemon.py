@@ -855,7 +855,7 @@ def parse_duration(text: str) -> float:
 def format_duration(seconds: float) -> str:
     """Return a duration as parse_duration reads it, with one unit: the largest that leaves no fraction."""
     if seconds != int(seconds):
-        return f"{seconds * 1000:g}ms"
+        return f"{seconds * 1000:.3f}".rstrip("0").rstrip(".") + "ms"
     for unit in ("d", "h", "m"):
         if seconds and seconds % _DURATION_UNITS[unit] == 0:
             return f"{seconds / _DURATION_UNITS[unit]:g}{unit}"
@@ -4140,7 +4140,7 @@ def meanings() -> dict[tuple[str, str], str]:
     """Return what each table (its column is empty) and each column means."""
     found: dict[tuple[str, str], str] = {}
     table = ""
-    for line in MEANINGS.splitlines():
+    for line in MEANINGS.strip().splitlines():
         name, _, meaning = line.strip().partition(": ")
         table = table if line.startswith(" ") else name
         found[table, name if line.startswith(" ") else ""] = meaning
