@@ -295,6 +295,49 @@ def test_a_watch_goes_on_where_it_broke_off(own: RemoteHost, model: ModelServer)
         assert watch.events[-1]["status"] == "finished"
 
 
+def test_a_watch_under_load_ends_up_with_what_is(own: RemoteHost, model: ModelServer) -> None:
+    """Killed at any moment, also before what it told was written: then it says so, and begins anew."""
+    done = threading.Event()
+    last = [3]
+
+    def work() -> None:
+        while not done.wait(0.002):
+            last[0] += 1
+            report(model, last[0])
+
+    worker = threading.Thread(target=work)
+    with Watch(own) as watch:
+        watch.wait_for("subscribed")
+        worker.start()
+        try:
+            for _ in range(5):
+                told = len(watch.messages)
+                wait_until(lambda before=told: len(watch.messages) > before + 20, SETTLE_S, "it follows")  # type: ignore[misc]
+                own.relaunch()
+        finally:
+            done.set()
+            worker.join()
+        wait_until(lambda: row_of(watch.messages)["progress_finished"] == last[0], SETTLE_S, "it has caught up")
+        told_by_events: list[int] = []
+        for message in watch.messages:
+            if message["type"] == "lagged":
+                told_by_events.clear()  # numbers go on, but what was told may be told again by what follows
+            elif message["type"].startswith("run:"):
+                told_by_events.append(message["seq"])
+                assert told_by_events == sorted(set(told_by_events)), "no change is told twice, or out of order"
+
+
+def row_of(messages: list[Message]) -> Message:
+    """Return run 1 as somebody has it who takes events and snapshots as they come."""
+    row: Message = {"progress_finished": None}
+    for message in list(messages):
+        rows = (
+            message.get("runs", []) if message["type"] == "snapshot" else [message["row"]] if "row" in message else []
+        )
+        row = next((found for found in rows if found.get("run_id") == run_id(1)), row)
+    return row
+
+
 def test_a_watch_survives_a_network_that_falls_silent(own: RemoteHost, model: ModelServer) -> None:
     """No end, no reset: only its own clock tells a client that nobody is there any more."""
     config = own.root / "elsewhere" / "config.yaml"
