@@ -196,7 +196,9 @@ class Push:
 class Loki:
     """A stand-in for Loki that refuses what Loki's documentation says it refuses; TLS, if a context is given."""
 
-    def __init__(self, *, context: Any = None, takes_metadata: bool = True) -> None:
+    def __init__(
+        self, *, context: Any = None, takes_metadata: bool = True, clock: Callable[[], float] = time.time
+    ) -> None:
         self.changed = threading.Condition()
         self.pushes: list[Push] = []  # that were taken
         self.refusals: list[str] = []
@@ -204,6 +206,7 @@ class Loki:
         self.delay_s = 0.0
         self.takes_metadata = takes_metadata
         self._context = context
+        self._clock = clock
         self._level = 0.0
         self._level_at = time.monotonic()
         self._newest: dict[str, int] = {}
@@ -313,7 +316,7 @@ class Loki:
         at, line, *more = value
         if not isinstance(at, str) or not at.isdigit() or not isinstance(line, str):
             raise ValueError("a value is [time as text, line]")
-        now = time.time()
+        now = self._clock()
         if int(at) / 1e9 < now - OLDEST_S or int(at) / 1e9 > now + FUTURE_S:
             raise ValueError("timestamp too old or too new")
         if len(line.encode()) > MAX_LINE_BYTES:
