@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +24,7 @@ from fabrik_daemon import (
     settings_from,
 )
 
+ROOT = Path(__file__).parent.parent
 HOME = {"HOME": "/home/me"}
 ONE = "clusters:\n- name: dev\n  kubeconfig: ~/.kube/dev\n"
 
@@ -301,3 +305,10 @@ def test_what_laos_cannot_be(text: str, told: str) -> None:
     assert line.startswith("c.yaml:")
     assert told in line
     assert "secret" not in line
+
+
+def test_what_readme_shows_of_laos_is_understood() -> None:
+    blocks = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    shown = parse_config(next(block for block in blocks if "laos:" in block), "README.md", HOME)
+    assert shown["metrics"] == ("127.0.0.1", 9464)
+    assert all(getattr(shown["laos"], name) is not None for name in Laos._fields)
