@@ -769,6 +769,11 @@ class Freshness(NamedTuple):
     skew_s: float = 0.0  # the server's clock less ours
 
 
+def freshness_from(said: JsonObject) -> Freshness:
+    """Return what a daemon said of a cluster's part; what only another version knows is left out."""
+    return Freshness(**{name: value for name, value in said.items() if name in Freshness._fields})
+
+
 class Change(NamedTuple):
     """One difference between what was known and what is known; `row` is the new row, or the last one of a removal."""
 
@@ -6616,8 +6621,12 @@ def _pick_newest(runs: Sequence[Run], word: str) -> Run:
 
 
 def envelope(request: JsonObject) -> JsonObject:
-    """Return what every message that answers a request carries: its id, where it has one."""
-    return {"id": request["id"]} if "id" in request else {}
+    """Return what every message that answers a request carries: its id, where it has one.
+
+    Who says with `speaks` which version and protocol it has is told ours.
+    """
+    told = {"speaks": [__version__, PROTOCOL]} if "speaks" in request else {}
+    return {"id": request["id"], **told} if "id" in request else told
 
 
 def error_message(error: FabrikError, request: JsonObject) -> JsonObject:
@@ -9896,10 +9905,31 @@ class CacheThread:
 def set_aside(path: str, error: Exception, log: logging.Logger) -> None:
     """Move a damaged cache out of the way, its log and index with it: without them it would lose what they hold."""
     aside = f"{path}.damaged-{int(time.time())}"
+    _move_cache(path, aside)
+    log.warning("the cache is damaged (%s): set aside as %s, made anew from the clusters", error, aside)
+
+
+def _move_cache(path: str, to: str) -> None:
     for suffix in ("", "-wal", "-shm"):
         if os.path.exists(path + suffix):
-            os.rename(path + suffix, aside + suffix)
-    log.warning("the cache is damaged (%s): set aside as %s, made anew from the clusters", error, aside)
+            os.rename(path + suffix, to + suffix)
+
+
+def replace_cache(path: str) -> str | None:
+    """Move a cache that no daemon has out of the way, whole; return where it is now, None where there is none.
+
+    Raises AlreadyRunningError where a daemon has it, CacheError where it cannot be moved.
+    """
+    prepare_cache_folder(path)
+    lock, aside = SingleInstance(path), f"{path}.replaced-{int(time.time())}"
+    lock.acquire()
+    try:
+        _move_cache(path, aside)
+    except OSError as error:
+        raise CacheError(f"{path}: {error.strerror}", "name another place with --cache") from None
+    finally:
+        lock.release()
+    return aside if os.path.exists(aside) else None
 
 
 class SingleInstance:
@@ -9999,7 +10029,7 @@ def _migrate(connection: sqlite3.Connection, path: str) -> None:
     if version > len(MIGRATIONS):
         raise CacheError(
             f"{path} was made by a newer fabrik-daemon (schema {version}, this one knows {len(MIGRATIONS)})",
-            "use that one, or name another place with --cache",
+            "use that one, or fill a new cache: 'fabrik-daemon start --rebuild-cache'",
         )
     for number, script in enumerate(MIGRATIONS[version:], version + 1):
         with connection:
@@ -13835,10 +13865,11 @@ def _client_context(remote: RemoteDaemon) -> ssl.SSLContext | None:
 class Client:
     """A connection to the daemon, which blocks; for commands."""
 
-    def __init__(self, sock: socket.socket, cache: str | None) -> None:
+    def __init__(self, sock: socket.socket, cache: str | None, tell: Callable[[str], None] = lambda line: None) -> None:
         self._socket = sock
         self._file = sock.makefile("rb")
         self._cache = None if cache is None else os.path.abspath(cache)
+        self._tell: Callable[[str], None] | None = tell  # until the first answer
 
     def ask(self, action: str, **fields: Any) -> JsonObject:
         """Return the daemon's answer to one request. Raises RemoteError, or NotRunningError where it ends."""
@@ -13847,10 +13878,12 @@ class Client:
     def follow(self, action: str, **fields: Any) -> Iterator[JsonObject]:
         """Yield the messages that answer a request. Raises as `ask` does."""
         said = {name: value for name, value in fields.items() if value is not None}
+        said.update({} if self._cache is None else {"cache": self._cache})
         try:
-            self._socket.sendall(format_line({"action": action, "cache": self._cache, **said}))
+            self._socket.sendall(format_line({"action": action, "speaks": [__version__, PROTOCOL], **said}))
             for line in self._file:
                 message = json.loads(line)
+                self._check_version(message.pop("speaks", None))
                 if message.get("type") == "error":
                     raise RemoteError(message)
                 yield message
@@ -13859,6 +13892,13 @@ class Client:
         except (OSError, ValueError):
             pass
         raise NotRunningError("the daemon has ended")
+
+    def _check_version(self, speaks: object) -> None:
+        """Say once that the daemon is another version than this one; what both know goes on."""
+        tell, self._tell = self._tell, None
+        if tell is not None and speaks != [__version__, PROTOCOL]:
+            version = f"version {speaks[0]}" if isinstance(speaks, list) and speaks else "an older version"
+            tell(f"the daemon is {version}, this is {__version__}: 'fabrik-daemon restart' makes them one")
 
     def wait_forever(self) -> None:
         """Wait for messages however long they take."""
@@ -13911,7 +13951,7 @@ def connect(
         except OSError:
             trusted = False
         if trusted:
-            return Client(sock, None if is_system and not settings.is_cache_named else settings.cache)
+            return Client(sock, None if is_system and not settings.is_cache_named else settings.cache, tell)
         sock.close()
     return None
 
@@ -18821,7 +18861,7 @@ class Context(NamedTuple):
 
 def ask(context: Context, action: str, **fields: Any) -> JsonObject | None:
     """Return the daemon's answer, None where no daemon of this cache answers: then the cache does."""
-    client = connect(context.settings)
+    client = connect(context.settings, context.warn)
     if client is None:
         return None
     try:
@@ -19179,7 +19219,7 @@ def find_rows(context: Context, listing: ListOf, request: JsonObject) -> Found:
     """Return the rows that a request for a list asks for, from the daemon or else from the cache."""
     reply = ask(context, listing.name, **request)
     if reply is not None:
-        return Found(context.daemon, [Freshness(**part) for part in reply["clusters"]], reply[listing.name])
+        return Found(context.daemon, [freshness_from(part) for part in reply["clusters"]], reply[listing.name])
     reader = CacheReader(context.settings.cache)
     wanted = parse_filter(request, LIST_FILTERS[listing.kind])
     parts = check_synced(reader.freshness(), sorted(wanted.clusters))
@@ -19238,7 +19278,7 @@ def runs_show(context: Context, arguments: argparse.Namespace) -> int:
     if arguments.fresh:
         source, parts, row, code = _fresh_run(context, wanted)
     elif reply is not None:
-        source, parts = context.daemon, [Freshness(**part) for part in reply["clusters"]]
+        source, parts = context.daemon, [freshness_from(part) for part in reply["clusters"]]
         row = reply["run"]
     else:
         reader = CacheReader(context.settings.cache)
@@ -19745,6 +19785,9 @@ def kept_lines(cache: str, run: Run) -> list[ShowLine]:
 def start(context: Context, arguments: argparse.Namespace) -> int:
     """Start the daemon: in the background, or here until a signal comes."""
     context = _exposed(context, arguments)
+    if arguments.rebuild_cache:
+        aside = replace_cache(context.settings.cache)
+        context.warn(f"the cache is made anew; the old one, and what clusters know no more, is {aside or 'not there'}")
     for note in discover(context.environment).notes:
         context.warn(note)
     if arguments.foreground:
@@ -19761,7 +19804,7 @@ def start(context: Context, arguments: argparse.Namespace) -> int:
     if words:
         context.warn("the last daemon died; its last words:")
         context.errors.write(safe_lines(words))
-    client = connect(context.settings, own=True)
+    client = connect(context.settings, context.warn, own=True)
     verb = "runs already" if client else "started"
     if client is None:
         client = start_in_background(context)
@@ -19818,7 +19861,7 @@ def reload(context: Context, arguments: argparse.Namespace) -> int:
 
 def status(context: Context, arguments: argparse.Namespace) -> int:
     """Say how the daemon is, and how it stands with each cluster."""
-    client = connect(context.settings)
+    client = connect(context.settings, context.warn)
     if client is None:
         words = take_last_words(context.settings.cache, starting=False)
         if words:
@@ -20570,6 +20613,7 @@ READING: Final = (
 
 def _start_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--foreground", action="store_true", help="stay in the terminal; end with ^C")
+    parser.add_argument("--rebuild-cache", action="store_true", help="put the cache aside, and fill a new one")
     parser.add_argument("--detach", action="store_true", help=argparse.SUPPRESS)  # what the background process is told
     remote = parser.add_argument_group("remote mode (README has its variables)")
     remote.add_argument("--mode", choices=MODES, help="remote: serve other hosts too (default: $MODE, else host)")

@@ -82,6 +82,19 @@ class Host(Daemon):
         """Return the command line that runs the executable."""
         return [self.python, str(self._executable), *words]
 
+    def run_as(self, program: Path, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run a command of another executable in the same environment."""
+        return subprocess.run(
+            [self.python, str(program), *words],
+            env=self._environment,
+            cwd=self.root,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=60,
+            check=False,
+        )
+
     def popen(self, *words: str) -> subprocess.Popen[bytes]:
         """Run a command beside the test; its output goes to pipes."""
         return subprocess.Popen(
