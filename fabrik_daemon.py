@@ -15307,7 +15307,13 @@ def _twins(specs: Sequence[ClusterSpec], checks: Sequence[ClusterCheck]) -> Iter
 # Dashboard: palettes
 # ----------------------------------------------------------------------------------------------------------------------
 
-PALETTES: Final = ("dark", "light", "ansi", "plain")  # 24 bits on dark and on light; the terminal's 16; none at all
+PLAIN_PALETTE: Final = "plain"
+PALETTES: Final = (
+    "dark",
+    "light",
+    "ansi",
+    PLAIN_PALETTE,
+)  # 24 bits on dark and on light; the terminal's 16; none at all
 _ROLES: Final = {  # role -> its style in each palette, as rich writes them
     "": ("#d5dae6 on #14171f", "#20242c on #fbfbfc", "", ""),
     "dim": ("#7f8aa3", "#68707d", "dim", "dim"),
@@ -15345,7 +15351,7 @@ def palette_for(asked: str, environment: Mapping[str, str]) -> str:
     COLORFGBG, which some terminals set, ends with the number of the background's colour; others are taken for dark.
     """
     if environment.get("NO_COLOR"):
-        return "plain"
+        return PLAIN_PALETTE
     if asked != "auto":
         return asked
     term, depth = environment.get("TERM", ""), environment.get("COLORTERM", "")
@@ -16899,6 +16905,7 @@ KEYS: Final = (
     Key(("b",), _bell, "b", "bell at new human gates, on or off"),
     Key(("T",), _effect("theme"), "T", "dark, light"),
     Key(("?",), _help, "?", "this help", "help"),
+    Key(("ctrl+z",), _effect("suspend"), "^Z", "to the shell; fg comes back"),
     Key(("q", "ctrl+c", "ctrl+q"), _effect("quit"), "q", "quit", "quit"),
 )
 HELP_TERMS: Final = (
@@ -17621,12 +17628,29 @@ def _widget_classes() -> Any:  # noqa: C901 - its classes' methods count
         def on_click(self, event: textual.events.Click) -> None:
             self.app.on_row_clicked(event.x, event.y, event.chain)  # type: ignore[attr-defined]
 
+    class Typed(textual.widgets.Input):
+        """What is typed at the prompt; keys that came after it was closed are the dashboard's."""
+
+        def on_key(self, event: textual.events.Key) -> None:
+            if self.app.on_prompt_key(event):  # type: ignore[attr-defined]
+                event.stop()
+                event.prevent_default()
+
     class Prompt(textual.widget.Widget):
         """Where commands and filters are typed."""
 
         def compose(self) -> Iterator[textual.widget.Widget]:
             yield Bar()
-            yield textual.widgets.Input(select_on_focus=False)
+            yield Typed(select_on_focus=False)
+
+        def open(self, sign: str, text: str) -> None:
+            """Let something be typed, from a text on."""
+            self.display = True
+            self.query_one(Bar).show([[Chip(((f" {sign} ", "key"),))]])
+            field = self.query_one(Typed)
+            field.value = text
+            field.cursor_position = len(text)
+            self.app.set_focus(field)
 
     return Bar, Rows, Prompt
 
@@ -17651,7 +17675,7 @@ def make_dashboard(  # noqa: C901 - its classes' methods count
         AUTO_FOCUS = None
 
         def __init__(self) -> None:
-            super().__init__()
+            super().__init__(ansi_color=None if options.palette in _THEMES else True)
             self.sign = ""  # of the open prompt: ":" or "/"
             self._pending = ""  # keys that await another
             self._told: deque[FeedMessage] = deque()
@@ -17690,8 +17714,10 @@ def make_dashboard(  # noqa: C901 - its classes' methods count
             self._feed.close()
 
         def use_palette(self, name: str) -> None:
-            """Paint in other colours."""
-            self.palette, self.theme = name, theme_of(name)
+            """Paint in other colours, if in any."""
+            if self.no_color:
+                name = PLAIN_PALETTE
+            self.palette, self.theme, self.ansi_color = name, theme_of(name), None if name in _THEMES else True
             for widget in self.query("Bar, Rows"):
                 widget.painter = Painter(name)  # type: ignore[attr-defined]
                 widget.refresh()
@@ -17746,42 +17772,47 @@ def make_dashboard(  # noqa: C901 - its classes' methods count
 
         # What the person does
 
-        def on_key(self, event: textual.events.Key) -> None:
-            name = event.character if event.is_printable and event.character and event.key != "space" else event.key
-            if self.sign:
-                self._on_prompt_key(event)
-                return
-            event.stop()
-            event.prevent_default()
-            self._pending = press(desk, self._pending, name)
+        async def on_event(self, event: textual.events.Event) -> None:
+            """Take keys before a widget gets them, so that those after `/` and `:` find the prompt open."""
+            if isinstance(event, textual.events.Key) and not event.is_forwarded and not self.sign:
+                self._press(event)
+            else:
+                await super().on_event(event)
+
+        def _press(self, event: textual.events.Key) -> None:
+            is_character = event.is_printable and event.character and event.key != "space"
+            self._pending = press(desk, self._pending, (is_character and event.character) or event.key)
             self.draw()
 
-        def _on_prompt_key(self, event: textual.events.Key) -> None:
+        def on_prompt_key(self, event: textual.events.Key) -> bool:
+            """Take a key that has reached the prompt; say whether it meant something else than a text."""
             field = self.query_one("Input", textual.widgets.Input)
-            if event.key in ("escape", "ctrl+c"):
+            if not self.sign:
+                self._press(event)
+            elif event.key in ("escape", "ctrl+c"):
                 if self.sign == "/":
                     desk.set_filter("")
                 self.close_prompt()
             elif event.key == "tab":
                 field.value = next(iter(completions(desk, self.sign, field.value)), field.value)
                 field.cursor_position = len(field.value)
-            elif event.is_printable and event.character:  # typed before the prompt had the focus
-                field.insert_text_at_cursor(event.character)
+            elif event.key == "enter":
+                sign = self.sign
+                self.close_prompt()
+                if sign == ":":
+                    self.do_command(field.value)
+                else:
+                    desk.set_filter(field.value)  # what changed last may not have been told yet
+                    self.draw()
             else:
-                return
-            event.stop()
-            event.prevent_default()
+                return False
+            return True
 
         def open_prompt(self, sign: str) -> None:
             """Let something be typed."""
             self.sign = sign
-            prompt = self.query_one("Prompt")
-            prompt.display = True
-            prompt.query_one("Bar", bar_class).show([[Chip(((f" {sign} ", "key"),))]])
-            field = prompt.query_one("Input", textual.widgets.Input)
-            field.value = desk.page.filter if sign == "/" and isinstance(desk.page, ListPage) else ""
-            field.cursor_position = len(field.value)
-            self.set_focus(field)
+            is_filter = sign == "/" and isinstance(desk.page, ListPage)
+            self.query_one("Prompt", prompt_class).open(sign, desk.listed.filter if is_filter else "")
 
         def close_prompt(self) -> None:
             """Have keys mean keys again."""
@@ -17797,12 +17828,6 @@ def make_dashboard(  # noqa: C901 - its classes' methods count
             elif self.sign:
                 desk.say("  ".join(completions(desk, ":", event.value)))
             self.draw()
-
-        def on_input_submitted(self, event: textual.widgets.Input.Submitted) -> None:
-            sign = self.sign
-            self.close_prompt()
-            if sign == ":":
-                self.do_command(event.value)
 
         def do_command(self, text: str) -> None:
             """Do what a command or a click says."""
@@ -17859,7 +17884,9 @@ def run_dashboard(places: Places, options: DashboardOptions) -> int:
     gc.freeze()
     gc.enable()
     code = app.run()
-    return int(code if code is not None else app.return_code or 0)
+    if code is None and app.return_code:
+        raise FabrikError("the dashboard has met a defect", "please report the lines above")
+    return code or 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
