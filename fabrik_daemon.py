@@ -17350,7 +17350,9 @@ class Feed:
                 self._reader = CacheReader(self._places.cache)
             found = int(self._reader.rows("PRAGMA data_version")[0]["data_version"])
             if found != version:
-                self._tell(cached_rows(self._reader))
+                told = cached_rows(self._reader)
+                away = [state._replace(connected=False) for state in told.tables["clusters"]]  # whatever its lock says
+                self._tell(RowsTold({**told.tables, "clusters": away}))
                 self._tell(SourceTold("no daemon: the cache"))
         except CacheError as error:
             self._reader = None
