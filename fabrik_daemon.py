@@ -6449,7 +6449,6 @@ class Requests:
         action = request.get("action")
         if not isinstance(action, str):
             raise UsageError("a request needs an action", 'write {"action": "status"}')
-        action = _FORMER_ACTIONS.get(action, action)
         if request.get("cache") not in (None, self._knowledge.cache_path()):
             raise OtherCacheError("this daemon keeps another cache", self._knowledge.cache_path())
         handle = self._actions.get(action)
@@ -6476,7 +6475,7 @@ class Requests:
         return Reply(body, _LIST_NAMES[kind], rows, etag)
 
     def _run(self, request: JsonObject) -> Later:
-        wanted = request.get("runId", request.get("run"))
+        wanted = request.get("runId")
         if not isinstance(wanted, str):
             raise UsageError("run needs a run", 'write {"action": "run", "runId": "..."}')
         self._synced(())
@@ -6543,7 +6542,6 @@ class Requests:
 
 
 _READING: Final = frozenset(("runs", "run", "schedules", "volumes", "warnings", "clusters", "query"))
-_FORMER_ACTIONS: Final = {"runs.list": "runs", "runs.show": "run", "clusters.list": "clusters"}
 _LIST_NAMES: Final[dict[type[TableRow], str]] = {
     Run: "runs",
     Schedule: "schedules",
@@ -7152,10 +7150,7 @@ def _answer_pieces(answer: Reply | Subscribed | FabrikError, request: JsonObject
 
 # What takes nothing but reading, and tells no more than the clusters do. An action that is not here stays at home.
 REMOTE_ACTIONS: Final = frozenset(
-    (
-        *("ping", "status", "runs", "run", "schedules", "volumes", "warnings", "clusters", "subscribe", "unsubscribe"),
-        *("runs.list", "runs.show", "clusters.list"),
-    )
+    ("ping", "status", "runs", "run", "schedules", "volumes", "warnings", "clusters", "subscribe", "unsubscribe")
 )
 HEALTH_ROUTES: Final = frozenset(("/healthz", "/readyz"))
 OPEN_ROUTES: Final = HEALTH_ROUTES | {"/metrics"}  # without a token: the kubelet and Prometheus have none
@@ -17393,7 +17388,7 @@ class Feed:
         self._tell(LogTold(run_id, texts, "the lines that were kept of this run"))
 
     def _details_of(self, run_id: str) -> JsonObject:
-        reply = self._ask("runs.show", run=run_id)
+        reply = self._ask("run", runId=run_id)
         if reply is not None:
             details: JsonObject = reply["run"]
             return details

@@ -99,7 +99,7 @@ def test_the_metrics_are_those_of_the_spec_and_clean(host: Host, cluster: ModelS
         client.request("subscribe", clusters=["*"])
         client.until(lambda message: message["type"] == "subscribed")
         assert client.ask("runs")["runs"]
-        assert client.ask("run", run="no-such-run")["code"] == "not_found"
+        assert client.ask("run", runId="no-such-run")["code"] == "not_found"
         report(cluster, 2, finished=151)
         client.until(lambda message: message.get("runId") == run_id(2))
         text = metrics_of(host)

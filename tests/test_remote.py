@@ -138,8 +138,7 @@ def test_a_run_is_shown_without_its_kept_log_lines(remote: RemoteHost) -> None:
         connection.request("POST", f"/v1/runs/{run_id(1)}", b'{"keptLogs": true}', BEARER)
         shown.append(answer_of(connection).message["run"])
     with contextlib.closing(remote.websocket()) as stream:
-        for action in ("run", "runs.show"):
-            shown.append(ask(stream, action, run=run_id(1), keptLogs=True)["run"])
+        shown.append(ask(stream, "run", runId=run_id(1), keptLogs=True)["run"])
     for run in shown:
         assert run["run_id"] == run_id(1)
         assert len(run["events"]) == len(here["events"]) - 1
