@@ -340,6 +340,7 @@ ITEM_MAX_BYTES: Final = 16 * 2**20  # etcd refuses objects above 1.5 MB; beyond 
 HEADERS_MAX_BYTES: Final = 64 * 1024
 REFUSAL_MAX_BYTES: Final = 64 * 1024  # a Status object has some hundred bytes
 READ_BYTES: Final = 256 * 1024  # what one callback takes from one socket before others get their turn
+BACKLOG_S: Final = 5.0  # a watch that is so old has told what happened before it began
 CALLBACK_S: Final = 0.001  # how long decoding may hold the loop at a time: what a flood costs every other cluster
 EMPTY_WATCH_S: Final = 1.0  # a watch that ends sooner and told nothing counts as a failure
 BATCH_OPERATIONS: Final = 5_000  # of one batch: about 50 ms of writing
@@ -2842,11 +2843,11 @@ class ObjectKey(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """How far a scope has been followed: up to a resource version, at a local time."""
+    """How far a scope has been followed: up to a resource version, and when it was known whole."""
 
     scope: Scope
     resource_version: str
-    at: str
+    synced_at: str | None
 
 
 class Commit(NamedTuple):
@@ -4611,7 +4612,7 @@ def _object_statement(key: ObjectKey, facts: Facts | None) -> Statement:
 
 def _progress_statement(progress: Progress) -> Statement:
     text = _upsert_sql("watches", _PROGRESS_COLUMNS, Scope._fields, _PROGRESS_COLUMNS[3:])
-    return text, (*progress.scope, progress.resource_version, progress.at)
+    return text, (*progress.scope, progress.resource_version, progress.synced_at)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -10531,6 +10532,12 @@ class WatchOwner(Protocol):
     def on_watch_state(self, watcher: Watcher) -> None:
         """Take in that a watch is in another state."""
 
+    def positions(self) -> Mapping[WatchStatus, int]:
+        """Return how far the watches of one store are."""
+
+    def on_list(self, before: Mapping[WatchStatus, int], version: str) -> None:
+        """Take in at which version the store itself was listed, and how far the watches were when it was asked."""
+
     def renew(self) -> None:
         """Resolve the credentials anew."""
 
@@ -10538,8 +10545,8 @@ class WatchOwner(Protocol):
 class WatchSink(Protocol):
     """What a cluster's watches tell the daemon."""
 
-    def on_event(self, scope: Scope, event: WatchEvent) -> None:
-        """Take in that an object was added, modified or deleted."""
+    def on_event(self, scope: Scope, event: WatchEvent, synced_at: str | None) -> None:
+        """Take in that an object was added, modified or deleted, and when the scope was known whole."""
 
     def on_list(self, scope: Scope, resource_version: str, items: list[Facts]) -> None:
         """Take in the whole list of a scope."""
@@ -10578,11 +10585,17 @@ class ResponseReader:
 
     def __init__(self, resource_name: str, *, is_watch: bool) -> None:
         self._resource_name = resource_name
+        self._began_at = time.monotonic()
         self.is_watch = is_watch
         self.head: ResponseHead | None = None
         self.refusal = b""
         self.lines = LineDecoder(resource_name)
         self.list = ListDecoder()
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether an event is news by now; those that come first are of the time while nobody watched, and in part."""
+        return time.monotonic() - self._began_at > BACKLOG_S
 
     def facts(self, data: bytes, items: dict[tuple[str, str], Facts], *, last: bool = False) -> Iterator[None]:
         """Add what a list's items tell to what is kept, one at each step."""
@@ -10608,7 +10621,22 @@ class ResponseReader:
         return self.head is None or self.head.status != 200
 
 
-class Watcher(ClientHandler):
+class WatchStatus(ClientHandler):
+    """How far a watch is, and what is to be told of it."""
+
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
+        self.told = Told(CONNECTING, "", None)
+        self.once = False  # end when the scope has been listed
+        self.is_following = False  # nothing that happens is missed
+        self.was_listed = False  # by this process
+        self.version: str | None = None  # the last that a list or a bookmark told
+        self.synced_at: str | None = None  # when its part was the last word, None where it never was
+        self.last_byte_at: str | None = None
+        self.last_event_at: str | None = None
+
+
+class Watcher(WatchStatus):
     """Drives one Watch machine over one connection at a time."""
 
     def __init__(
@@ -10625,14 +10653,8 @@ class Watcher(ClientHandler):
         self._items: dict[tuple[str, str], Facts] = {}  # of a list that is not whole yet
         self._work: Iterator[None] | None = None
         self._timer: Timer | None = None
-        self.scope = scope
-        self.told = Told(CONNECTING, "", None)
-        self.once = False  # end when the scope has been listed
-        self.is_following = False  # nothing that happens is missed
-        self.was_listed = False  # by this process
-        self.synced_at: str | None = None  # when its part was the last word, None where it never was
-        self.last_byte_at: str | None = None
-        self.last_event_at: str | None = None
+        self._others: Mapping[WatchStatus, int] = {}  # how far they were when the list was asked for
+        super().__init__(scope)
 
     def start(self) -> None:
         """Begin, or begin again with new credentials."""
@@ -10741,8 +10763,9 @@ class Watcher(ClientHandler):
     def _do(self, actions: Sequence[Action]) -> None:
         for action in actions:
             if isinstance(action, Apply):
-                self.last_event_at = self.synced_at = format_time(time.time(), milliseconds=True)
-                self._sink.on_event(self.scope, action.event)
+                self.last_event_at = format_time(time.time(), milliseconds=True)
+                self.synced_at = self.last_event_at if self._reader.is_settled else self.synced_at
+                self._sink.on_event(self.scope, action.event, self.synced_at)
             elif isinstance(action, Told):
                 self._tell(action)
             elif isinstance(action, Keep):
@@ -10759,12 +10782,12 @@ class Watcher(ClientHandler):
 
     def _take_version(self, action: Advance | Swap) -> bool:
         """Take in that the scope is known up to a version; False where that was all that was wanted."""
-        self.synced_at = format_time(time.time(), milliseconds=True)
+        self.synced_at, self.version = format_time(time.time(), milliseconds=True), action.resource_version
         if isinstance(action, Advance):
             self._sink.on_bookmark(self.scope, action.resource_version)
             return True
-        items, self._items = self._items, {}
-        self.was_listed = True
+        items, self._items, self.was_listed = self._items, {}, True
+        self._owner.on_list(self._others, action.resource_version)
         self._sink.on_list(self.scope, action.resource_version, list(items.values()))
         if self.once:
             self.stop()
@@ -10786,6 +10809,7 @@ class Watcher(ClientHandler):
         self._reader = ResponseReader(self.scope.resource, is_watch=get.watch)
         if get.first_page:
             self._items = {}
+            self._others = {} if "resourceVersion=" in get.target else self._owner.positions()
         if self._stream is None or self._codec is None:
             self._stream, self._codec, self._base = self._owner.connect(self)
         target, headers = self._base + get.target, self._owner.headers()
@@ -10900,6 +10924,22 @@ class ClusterState:
             return self.renewal_error
         return next((watcher.told.error for watcher in self.watchers if watcher.told.error), None)
 
+    def positions(self) -> Mapping[WatchStatus, int]:
+        """Return how far the watches of one store are; Events may have another (--etcd-servers-overrides)."""
+        known = [watcher for watcher in self.watchers if watcher.scope.resource != EVENTS.name]
+        return {watcher: int(watcher.version) for watcher in known if watcher.version and watcher.version.isdigit()}
+
+    def on_list(self, before: Mapping[WatchStatus, int], version: str) -> None:
+        """Have watches list anew that were further than the store is now: it was restored from an older state.
+
+        By the time that one of them resumes, the new history may have passed its version, and nothing else would tell.
+        """
+        for watcher in self.watchers:
+            position = before.get(watcher, 0)
+            if version.isdigit() and position > int(version) and watcher.version == str(position):
+                watcher.version = None
+                watcher.relist("resource versions went back")
+
 
 class Cluster(ClusterState):
     """One cluster: who it is, how it is reached, and its watches, five for each namespace."""
@@ -10940,7 +10980,7 @@ class Cluster(ClusterState):
                 if resumed is None and (once or uid is not None):
                     machine.forget()  # a server's memory may be older than what is known already
                 watcher = Watcher(self._reactor, scope, machine, self, self._sink)
-                watcher.once, watcher.synced_at = once, synced_at
+                watcher.once, watcher.version, watcher.synced_at = once, version, synced_at
                 self.watchers.append(watcher)
         self.renew()
 
@@ -12527,16 +12567,16 @@ class Follower:
         self.on_news: Callable[[list[Subscription]], None] = lambda subscriptions: None
         self.on_settled: Callable[[Cluster], None] = lambda cluster: None
 
-    def on_event(self, scope: Scope, event: WatchEvent) -> None:
+    def on_event(self, scope: Scope, event: WatchEvent, synced_at: str | None) -> None:
         """Take an object's event into the store; its type is ADDED, MODIFIED or DELETED."""
         began, now = time.monotonic(), time.time()
         metadata = object_at(event.object, "metadata")
         name = text_at(metadata, "namespace") or "", text_at(metadata, "name") or ""
         facts = facts_from(scope.resource, event.object)
-        progress = progress_of(scope, event.resource_version, now)
+        progress = Progress(scope, event.resource_version, synced_at)
         take = self._store.remove if event.type == "DELETED" else self._store.observe
         commit = take(progress, name, facts, now)
-        self.take(commit, last_event_statement(scope.cluster, progress.at))
+        self.take(commit, last_event_statement(scope.cluster, format_time(now, milliseconds=True)))
         self.meter.count("fabrik_daemon_events_total", scope.cluster, scope.resource)
         if commit.changes and len(self._bus):
             self.meter.histograms["fabrik_daemon_event_to_subscriber_seconds"].observe(time.monotonic() - began)
@@ -12561,7 +12601,10 @@ class Follower:
     def on_watch_state(self, scope: Scope, told: Told) -> None:
         """Note a watch's state, and log what a person should know of it."""
         self._count_state(scope, told)
-        self._cache.put([watch_statement(scope, {"state": told.state, "error": told.error or None})])
+        columns: JsonObject = {"state": told.state, "error": told.error or None}
+        if told.state == LISTING:  # what is listed anew must not be resumed from where it was
+            columns["resource_version"] = None
+        self._cache.put([watch_statement(scope, columns)])
         if told.state == FORBIDDEN:
             self.take(self._store.forbid(scope, time.time()))
         elif told.state == STALE and scope.cluster not in self._stale:
@@ -14664,7 +14707,7 @@ class _Listener:
         self._store = store
         self.clusters: list[Cluster] = []
 
-    def on_event(self, scope: Scope, event: WatchEvent) -> None:
+    def on_event(self, scope: Scope, event: WatchEvent, synced_at: str | None) -> None:
         """Do nothing: the list is all that is asked for."""
 
     def on_list(self, scope: Scope, resource_version: str, items: list[Facts]) -> None:
@@ -14782,7 +14825,7 @@ class _Examiner:
         self._reactor = reactor
         self.clusters: list[Cluster] = []
 
-    def on_event(self, scope: Scope, event: WatchEvent) -> None:
+    def on_event(self, scope: Scope, event: WatchEvent, synced_at: str | None) -> None:
         """Do nothing: what there is does not matter here."""
 
     def on_list(self, scope: Scope, resource_version: str, items: list[Facts]) -> None:

@@ -373,6 +373,36 @@ def test_a_store_that_was_restored_is_listed_anew(
     assert {daemon.run_rows()[run_id(number)]["status"] for number in (1, 2)} == {"pending"}
 
 
+def test_a_watch_that_could_not_see_the_store_restored_is_told_by_the_others(
+    authority: Authority, serve: Serve, make: Make
+) -> None:
+    """When it may watch again, the new history has passed its version, and the server goes on as if nothing were."""
+    server = Model(authority)
+    serve(server)
+    for number in (1, 2):
+        server.put("jobs", job(number))
+        server.put("pods", pod(number, report=Report(finished=number)))
+    daemon = make(Cluster(server), idle="2s", forbiddenRetry="3s")
+    daemon.launch()
+    daemon.wait_connected()
+    with heartbeat(server):
+        wait_until(lambda: daemon.watch("pods")["state"] == "watching", PATIENCE_S, "pods are watched")
+        server.refuse("pods")
+        server.end_watches()
+        wait_until(lambda: daemon.watch("pods")["state"] == "forbidden", PATIENCE_S, "pods are forbidden")
+        last = server.version("pods")
+        server.rewind(400)
+        del server.collections["pods"].objects[NAMESPACE, pod(2)["metadata"]["name"]]
+        server.put("jobs", job(3))
+        wait_until(lambda: run_id(3) in daemon.run_rows(), PATIENCE_S, "the restored store is listed")
+        server.rewind(last + 10, server.uid)  # it counts on, past what the watch of pods has seen
+        server.refuse("pods", 0)
+        wait_until(lambda: daemon.watch("pods")["state"] == "watching", PATIENCE_S, "pods are watched again")
+        shown = "SELECT name FROM objects WHERE resource = 'pods' AND facts NOT LIKE '%\"gone\":%'"
+        expected = [{"name": pod(1)["metadata"]["name"]}]
+        wait_until(lambda: daemon.rows(shown) == expected, PATIENCE_S, "the Pod that is no more")
+
+
 @pytest.mark.parametrize("version", [400, 5000], ids=["lower", "higher"])
 def test_another_cluster_behind_the_same_name_is_listed_anew(
     version: int, authority: Authority, serve: Serve, make: Make

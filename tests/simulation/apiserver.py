@@ -143,6 +143,13 @@ class ApiServer:
         self.uids: dict[str, list[Version]] = {}  # every state an object ever had
         self.deleted_at: dict[str, float] = {}
         self.window_start = self.revision
+        # A restored store counts on from a lower revision. A watch from before that resumes when the count has passed
+        # its own version gets what came later in the new history, and nothing in the protocol tells the two apart:
+        # until it lists, at the latest when all is listed anew, it may show what the restoring undid. (etcd's guide
+        # has who restores bump the revision for this reason.)
+        self.overtaken: set[tuple[str, str]] = set()  # resource and namespace
+        self._listed: set[tuple[str, str]] = set()  # ever
+        self._unlisted: set[tuple[str, str]] = set()  # of those, not since the restoring
         self.epochs = 0
         self.disturbed: list[tuple[float, float]] = []  # when something may have gone unseen
         self.token = "token-0"
@@ -229,6 +236,7 @@ class ApiServer:
     def restore(self, revision: int) -> None:
         """Have the state that the store had at a revision, and go on from there."""
         self.end_lives()
+        self._unlisted |= self._listed
         self.lineage = self.lineage.fork(revision, self.world.now)
         self._begin_again(revision)
 
@@ -322,7 +330,13 @@ class ApiServer:
             revision = self.world.chance.randint(max(min(int(asked), revision), min(oldest, revision)), revision)
             limit = 0  # it comes from memory, whole
         versions = self.lineage.at(revision, resource, namespace)
+        self._note_listed(resource, namespace)
         self._answer_list(peer, versions, (revision, start, limit), gzip=gzip)
+
+    def _note_listed(self, resource: str, namespace: str) -> None:
+        self._listed.add((resource, namespace))
+        self._unlisted.discard((resource, namespace))
+        self.overtaken.discard((resource, namespace))
 
     def _answer_list(self, peer: Peer, versions: list[Version], page: tuple[int, Any, int], *, gzip: bool) -> None:
         revision, start, limit = page
@@ -367,6 +381,7 @@ class ApiServer:
             self._send_initial(peer, resource, namespace, query)
             since = self.revision
         else:
+            self._note_resumed(resource, namespace, since)
             for event in self.lineage.log[bisect.bisect_right(self.lineage.log, (since, ("~", "", ""), b"")) :]:
                 if event.key[0] == resource and namespace in ("", event.key[1]):
                     peer.chunk(event.line)
@@ -381,8 +396,13 @@ class ApiServer:
             self.world.after(seconds - 2, partial(self._bookmark, watch, again=False))
             self.world.after(self.world.chance.uniform(0.97, 1.02) * BOOKMARK_S, partial(self._bookmark, watch))
 
+    def _note_resumed(self, resource: str, namespace: str, since: int) -> None:
+        if (resource, namespace) in self._unlisted and since <= self.revision:
+            self.overtaken.add((resource, namespace))
+
     def _send_initial(self, peer: Peer, resource: str, namespace: str, query: dict[str, str]) -> None:
         """Send what there is, in any order, then what happened meanwhile, then the bookmark that ends it."""
+        self._note_listed(resource, namespace)
         asked = query.get("resourceVersion", "")
         behind = self.world.chance.uniform(0, STALE_S) if self.world.chance.random() < 0.3 else 0.0
         revision = min(self.revision, self.lineage.revision_at(self.world.now - behind))

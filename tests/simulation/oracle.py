@@ -58,6 +58,8 @@ class Oracle:
                 raise Violation(f"{name}: is_connected changed to {cluster.is_connected} and nobody was told")
             for watcher in cluster.watchers:
                 oldest = -1.0
+                if watcher.scope[1:] in server.overtaken:
+                    continue
                 if since is not None and self._world.now - since > bound and watcher.told.state != "forbidden":
                     oldest = self._world.now - bound
                 synced_at = fabrik_daemon.epoch_of(watcher.synced_at)
