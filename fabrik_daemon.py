@@ -19707,12 +19707,17 @@ def completion(context: Context, arguments: argparse.Namespace) -> int:
 
 
 def write_whole(path: str, text: str) -> None:
-    """Write a file of settings whole or not at all. Raises ConfigError."""
+    """Write a file of settings whole or not at all; who might read the old one may read it. Raises ConfigError."""
     folder = os.path.dirname(os.path.abspath(path))
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         file, name = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}-")
         with open(file, "w", encoding="utf-8") as opened:
+            if os.path.exists(path):
+                old = os.stat(path)
+                os.fchmod(file, old.st_mode & 0o777)
+                with contextlib.suppress(PermissionError):
+                    os.fchown(file, old.st_uid, old.st_gid)
             opened.write(text)
         os.replace(name, os.path.realpath(path))
     except OSError as error:

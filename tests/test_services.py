@@ -678,6 +678,19 @@ def test_the_system_s_daemon_answers_where_there_is_no_own(
 # ---------------------------------------------------------------- templates
 
 
+@needs_root
+def test_settings_that_are_written_again_stay_readable_to_the_service(managed: Managed) -> None:
+    """As root adds a cluster to what the service's group may read."""
+    clusters = managed.write(managed.clusters, "clusters: []\n")
+    os.chown(clusters, 0, PLUGIN_GROUP)
+    clusters.chmod(0o640)
+    kubeconfig = managed.write(managed.home / "kubeconfig", "contexts: [{name: a, context: {cluster: a, user: a}}]")
+    done = managed.run("clusters", "add", "--name", "a", "--kubeconfig", str(kubeconfig), "--context", "a")
+    assert done.code == 0, done.stderr
+    assert "name: a" in clusters.read_text()
+    assert (stat.S_IMODE(clusters.stat().st_mode), clusters.stat().st_gid) == (0o640, PLUGIN_GROUP)
+
+
 def test_every_template_is_used() -> None:
     source = (ROOT / "fabrik_daemon.py").read_text(encoding="utf-8")
     words = {word.replace("$form", "*") for word in re.findall(r'"([a-z.$-]+)"', source)}
