@@ -2,7 +2,8 @@
 
 In a block fenced ```console, each line that begins with `$ ` is a command (one that ends in a backslash goes on in the
 next); the other lines are what it prints. All of them are run, in order, and must end with 0. A block fenced
-```console no-test is for what needs a cluster of the reader's own; it is only read.
+```console no-test is for what needs a cluster of the reader's own; it is only read. Those of
+```console with-cache are run by test_readme_reading.py, in a home that has a cache.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def console_blocks(text: str) -> list[Block]:
     """Return the console blocks of a Markdown text."""
     blocks = []
     for fence, body in re.findall(r"^```(console[^\n]*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-        assert fence.strip() in {"console", "console no-test"}, f"unknown fence: ```{fence}"
+        assert fence.strip() in {"console", "console no-test", "console with-cache"}, f"unknown fence: ```{fence}"
         joined = re.sub(r"\\\n(?:> )?\s*", "", body)
         commands = [line[2:].strip() for line in joined.splitlines() if line.startswith("$ ")]
         assert commands, f"a block without a command:\n{body}"
