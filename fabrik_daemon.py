@@ -12787,12 +12787,6 @@ class LastLines:
         else:
             self._done([ShowLine(*self._name, line) for line in self._lines], self._status)
 
-    def cancel(self) -> None:
-        """Give up; nothing is told any more."""
-        self._call.cancel()
-        if self._timer is not None:
-            self._timer.cancel()
-
     def _on_pod(self, got: Got) -> None:
         pods = [pod_view(item) for item in list_at(got.document(), "items")]
         pods = [pod for pod in pods if pod.name == self._run.pod_name]
@@ -12837,12 +12831,6 @@ class KeptLogs:
                     self._consider(row)
             elif change.type != "run:removed":
                 self._consider(change.row)
-
-    def stop(self) -> None:
-        """Fetch no more."""
-        self._queue.clear()
-        for fetching in self._active.values():
-            fetching.cancel()
 
     def _consider(self, row: Row) -> None:
         if not isinstance(row, Run) or row.status != FAILED or self._kept.get(row.run_id) == (row.job_uid or ""):
@@ -12925,12 +12913,6 @@ class SidecarReports:
     def start(self) -> None:
         """Ask now and then."""
         self._reactor.call_every(self._timing.sidecar, self._ask_all)
-
-    def stop(self) -> None:
-        """Ask no more."""
-        self._waiting.clear()
-        for call in self._active.values():
-            call.cancel()
 
     def _ask_all(self) -> None:
         if not self._waiting:  # else the last round is not over

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -185,6 +186,23 @@ def test_followed_over_a_lost_connection_a_restart_and_a_new_pod(scene: Scene, f
     assert "was restarted" in said
     assert f"was followed by {scene.name}" in said
     assert "gone" not in said
+
+
+def test_a_reader_that_has_enough_ends_it_quietly(scene: Scene) -> None:
+    scene.add_pod()
+    scene.prints(3, 1)
+    assert scene.host.cli("sync").returncode == 0
+    with scene.host.popen("runs", "logs", scene.id, "--follow") as process:
+        assert process.stdout
+        assert process.stderr
+        assert process.stdout.readline() == b"line 0\n"
+        process.stdout.close()
+        deadline = time.monotonic() + PATIENCE_S
+        while process.poll() is None and time.monotonic() < deadline:
+            scene.prints(50, 2)
+            time.sleep(0.05)
+        assert process.poll() == 0
+        assert process.stderr.read() == b""
 
 
 # Kept -----------------------------------------------------------------------------------------------------------------
