@@ -120,6 +120,13 @@ def test_reading_routes_stand_under_both_paths(remote: RemoteHost, prefix: str, 
     assert key in answer.message
 
 
+@pytest.mark.parametrize("route", ["/metrics", "/daemon/metrics"])
+def test_metrics_are_told_without_a_token(remote: RemoteHost, route: str) -> None:
+    answer = remote.get(route, {})
+    assert answer.status == 200
+    assert b"fabrik_daemon_cluster_connected" in answer.body
+
+
 @pytest.mark.parametrize("route", ["/healthz", "/readyz", "/daemon/healthz", "/daemon/readyz"])
 def test_health_is_told_without_a_token_and_under_any_name(remote: RemoteHost, route: str) -> None:
     assert remote.get(route, {}).status == 200
@@ -614,6 +621,21 @@ def test_certificates_that_do_not_load_are_told_with_their_files(make_remote: Ma
     assert done.returncode == 2
     assert f"{certificate.key}: the key is encrypted" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="this host has no IPv6")
+def test_it_listens_on_ipv6_where_that_is_asked(make_remote: MakeRemote) -> None:
+    host = make_remote()
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("loopback has no IPv6")
+    host.environment["FABRIK_LISTEN"] = "::1"
+    host.launch()
+    assert host.remote_status()["listen"] == f"[::1]:{host.port}"
+    done = host.ask("status", "-o", "json", "--remote", f"ws://[::1]:{host.port}")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["pid"] == host.pid
 
 
 def test_a_port_that_is_taken(make_remote: MakeRemote) -> None:
