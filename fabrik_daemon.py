@@ -13740,6 +13740,13 @@ class _Place:
             self._seq = seq
 
 
+def other_version(speaks: object) -> str:
+    """Return which other version a daemon says it is, empty where it is this one; the first said nothing."""
+    if speaks == [__version__, PROTOCOL]:
+        return ""
+    return f"version {speaks[0]}" if isinstance(speaks, list) and speaks else "an older version"
+
+
 class RemoteClient:
     """A connection to a daemon on another host, which blocks; for commands. It can do what Client can."""
 
@@ -13747,6 +13754,7 @@ class RemoteClient:
         self._remote = remote
         self._timing = timing
         self._tell = tell  # gets what a person should know while it goes on
+        self._knows_version = False
         self._patient = False
         self._socket = _dial(remote)
 
@@ -13762,7 +13770,7 @@ class RemoteClient:
         place = _Place({name: value for name, value in fields.items() if value is not None})
         while True:
             try:
-                for message in self._messages({"action": action, **place.request()}):
+                for message in self._messages({"action": action, "speaks": [__version__, PROTOCOL], **place.request()}):
                     place.note(message)
                     if message.get("type") != "subscribed" or not place.is_resumed:
                         yield message
@@ -13800,6 +13808,7 @@ class RemoteClient:
                 message = parse_json(str(self._socket.recv()))
                 if message is None:
                     raise NotRunningError("the daemon has ended the connection")
+                self._check_version(message.pop("speaks", None))
                 if message.get("type") == "error":
                     raise RemoteError(message)
                 yield message
@@ -13807,6 +13816,12 @@ class RemoteClient:
             raise NotRunningError("the daemon does not answer") from None
         except (websocket.WebSocketException, OSError, ValueError):
             raise NotRunningError("the connection to the daemon broke") from None
+
+    def _check_version(self, speaks: object) -> None:
+        other = other_version(speaks)
+        if other and not self._knows_version:
+            self._tell(f"the daemon there is {other}, this is {__version__}")
+        self._knows_version = True
 
     def _redial(self) -> None:
         self.close()
@@ -13916,9 +13931,9 @@ class Client:
     def _check_version(self, speaks: object) -> None:
         """Say once that the daemon is another version than this one; what both know goes on."""
         tell, self._tell = self._tell, None
-        if tell is not None and speaks != [__version__, PROTOCOL]:
-            version = f"version {speaks[0]}" if isinstance(speaks, list) and speaks else "an older version"
-            tell(f"the daemon is {version}, this is {__version__}: 'fabrik-daemon restart' makes them one")
+        other = other_version(speaks)
+        if tell is not None and other:
+            tell(f"the daemon is {other}, this is {__version__}: 'fabrik-daemon restart' makes them one")
 
     def wait_forever(self) -> None:
         """Wait for messages however long they take."""

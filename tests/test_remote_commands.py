@@ -17,6 +17,7 @@ from harness import Cluster, wait_until
 from links import Relay
 from remotes import TOKEN, Certificate, RemoteHost, ReverseProxy, Watch, free_port
 
+import fabrik_daemon
 from fabrik_daemon import NotRunningError, RemoteClient, RemoteDaemon, Timing
 
 if TYPE_CHECKING:
@@ -383,6 +384,18 @@ def test_a_cache_made_anew_begins_with_what_is(own: RemoteHost, model: ModelServ
 
 
 # The client by itself ------------------------------------------------------------------------------------------------
+
+
+def test_a_daemon_of_another_version_is_told_of_once(remote: RemoteHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert remote.tls
+    target = RemoteDaemon(remote.url, TOKEN, str(remote.tls.ca))
+    told: list[str] = []
+    for version, count in ((fabrik_daemon.__version__, 0), ("77.0.0", 1)):
+        monkeypatch.setattr(fabrik_daemon, "__version__", version)
+        with contextlib.closing(RemoteClient(target, Timing(), told.append)) as client:
+            assert client.ask("ping") == client.ask("ping") == {"type": "ping"}
+        assert len(told) == count
+    assert told == ["the daemon there is version 0.1.0, this is 77.0.0"]
 
 
 def test_a_request_that_is_cut_off_says_so(remote: RemoteHost) -> None:
