@@ -19802,11 +19802,11 @@ def runs_logs(context: Context, arguments: argparse.Namespace) -> int:
 def _chosen_runs(context: Context, arguments: argparse.Namespace) -> list[Run]:
     """Return the runs that are named, or else match. Raises FabrikError where there is none."""
     names = [*arguments.run, *arguments.id]
-    if not names and not arguments.status and not arguments.cluster:
+    asked = {key: getattr(arguments, key) for key in LIST_FILTERS[Run] if getattr(arguments, key, None)}
+    if not names and not asked and not arguments.cluster:
         raise UsageError("which run?", "name one, or say --status running")
     known = _known_runs(context)
-    asked = {"clusters": arguments.cluster, "filter": {"status": arguments.status}}
-    wanted = parse_filter(asked, LIST_FILTERS[Run])
+    wanted = parse_filter({"clusters": arguments.cluster, "filter": asked}, LIST_FILTERS[Run])
     runs = list({run.run_id: run for run in (pick_run(known, name) for name in names)}.values())
     runs = runs or [run for run in known if wanted.matches(run)]
     if not runs:
@@ -20487,7 +20487,7 @@ def _runs_show_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _runs_logs_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", nargs="*", metavar="RUN", help="run_id, or the id on the run's label")
+    parser.add_argument("run", nargs="*", metavar="RUN", help="run_id, its beginning, @latest or @blocked")
     parser.add_argument("--id", action="append", default=[], metavar="RUN", help="the same (repeatable)")
     _selection_arguments(parser)
     parser.add_argument(

@@ -358,7 +358,9 @@ def test_several_runs_are_told_apart_by_name_and_colour(scene: Scene) -> None:
         one.add_pod()
         one.prints(3, 1, text=f"of {one.run}:")
     assert scene.host.cli("sync").returncode == 0
-    done = scene.host.cli("runs", "logs", "--status", "running")
+    assert scene.host.cli("runs", "logs", "--phase", "review").returncode == 3
+    assert scene.host.cli("runs", "logs", "@latest").stdout.splitlines()[0].startswith("of ")
+    done = scene.host.cli("runs", "logs", "--status", "running", "--spec", "feature-x")
     assert done.returncode == 0, done.stderr
     wanted = [f"{one.id} | {line}" for one in (scene, other) for line in one.printed]
     assert sorted(done.stdout.splitlines()) == sorted(wanted)
