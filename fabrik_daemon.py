@@ -389,7 +389,7 @@ ACCEPTS_PER_TURN: Final = 64  # before others get their turn
 WEBSOCKET_KEY_CHARS: Final = 24  # 16 bytes in base64
 REQUEST_MAX_BYTES: Final = 2**20  # SQL may be long; nothing else is
 SEND_BYTES: Final = 64 * 1024  # what is handed to a connection at a time
-OUTPUT_HIGH_BYTES: Final = 256 * 1024  # more than this is not handed to a connection that does not take it
+OUTPUT_HIGH_BYTES: Final = 64 * 1024  # what waits for each client beside the kernel's buffer; a thousand may be deaf
 REPLAYED_AT_ONCE: Final = 200  # changes read out of the cache for one who comes back, some 5 ms
 HISTORY_LOADED: Final = 1000  # of them, taken over from the cache at start
 HISTORY_EVENTS: Final = 10_000  # what includeHistory reaches back to
@@ -6564,7 +6564,7 @@ def parse_cursor(said: object) -> Cursor | None:
     if isinstance(said, str):
         stream, _, number = said.rpartition(":")
         said = {"stream": stream, "seq": parse_int(number)}
-    if isinstance(said, dict) and isinstance(said.get("stream"), str):
+    if isinstance(said, dict) and isinstance(said.get("stream"), str) and said["stream"]:
         seq = said.get("seq")
         if isinstance(seq, int) and not isinstance(seq, bool) and 0 <= seq <= INT_MAX:
             return Cursor(said["stream"], seq)
