@@ -412,6 +412,7 @@ LOKI_OLDEST_S: Final = 6 * 86400  # Loki refuses what is a week old
 ALERTS_AT_ONCE: Final = 64  # as Prometheus sends them
 ALERT_CHECK_S: Final = 1.0  # what begins by the clock is seen to have begun so much later at most
 LAOS_LIST_MAX_BYTES: Final = 4 * 2**20  # of Services in one namespace; each has some 2 KB
+LAOS_LAST_S: Final = 0.3  # for Loki to take the last lines, of the 2 s of an orderly stop
 LAOS_TRY_S: Final = 3.0  # for a connection to a service that was found
 METRIC_RUNS: Final = 1000  # runs with series of their own: Prometheus keeps every one that there ever was
 LAST_WORDS_CHARS: Final = 20_000
@@ -7595,6 +7596,7 @@ class LogSpool(Shipper):
         self._since = math.inf  # when the first of the lines came
         self._last_ns = 0
         self._takes_metadata = True  # until Loki says that it does not: before 3.0 it had to be switched on
+        self.is_hurried = False  # the daemon ends: what waits goes at once
         self.sent = 0
         self.dropped = 0
 
@@ -7621,7 +7623,7 @@ class LogSpool(Shipper):
         """Return when the lines that wait are to go: soon, at once where they fill a batch."""
         if self._batch or not self._lines:
             return math.inf
-        return 0.0 if self._bytes >= LOKI_BATCH_BYTES else self._since + self.timing.log_batch
+        return 0.0 if self.is_hurried or self._bytes >= LOKI_BATCH_BYTES else self._since + self.timing.log_batch
 
     def load(self, now: float) -> Shipment | None:
         """Return a push of the oldest lines; what Loki would refuse for its age stays here."""
@@ -12188,7 +12190,8 @@ class Courier(ClientHandler):
         self._head: ResponseHead | None = None
         self._said = b""
         self._timer: Timer | None = None
-        self._trouble = ""
+        self.trouble = ""  # why the last request was not taken
+        self.on_answered: Callable[[], None] = lambda: None
         self._route: Route | None = None
         self._ca_file: tuple[tuple[str, float], ...] = ()
         self._stopped = False
@@ -12289,6 +12292,7 @@ class Courier(ClientHandler):
         self.taken_at = time.time() if verdict == TAKEN else self.taken_at
         self._tell("" if verdict == TAKEN else f"{verdict}: {said}")
         self.poke()
+        self.on_answered()
 
     def _hang_up(self) -> None:
         if self._timer is not None:
@@ -12300,11 +12304,11 @@ class Courier(ClientHandler):
 
     def _tell(self, trouble: str) -> None:
         """Log once that a service is in trouble, and once that it is not any more."""
-        if trouble and not self._trouble:
+        if trouble and not self.trouble:
             self._post.log.warning("%s at %s: %s", self.target, self.service.url, trouble)
-        elif self._trouble and not trouble:
+        elif self.trouble and not trouble:
             self._post.log.info("%s at %s takes what it is sent again", self.target, self.service.url)
-        self._trouble = trouble
+        self.trouble = trouble
 
 
 def authorization_of(service: LaosService) -> list[tuple[str, str]]:
@@ -12566,6 +12570,7 @@ class Follower:
         self.on_changes: list[Callable[[Sequence[Change]], None]] = []  # once subscribers were told
         self.on_news: Callable[[list[Subscription]], None] = lambda subscriptions: None
         self.on_settled: Callable[[Cluster], None] = lambda cluster: None
+        self.on_rewritten: Callable[[], None] = lambda: None
 
     def on_event(self, scope: Scope, event: WatchEvent, synced_at: str | None) -> None:
         """Take an object's event into the store; its type is ADDED, MODIFIED or DELETED."""
@@ -12714,6 +12719,7 @@ class Follower:
         self._cache.put(stream_statements(Cursor(self._bus.stream, self._bus.seq), self._store.tables.reserve()))
         for cluster in self.clusters.values():
             self.rewrite_cluster(cluster)
+        self.on_rewritten()
 
 
 def progress_of(scope: Scope, resource_version: str, now: float) -> Progress:
@@ -13191,6 +13197,47 @@ class MetricsAccess:
             raise NotFoundError("there is nothing else here", "see /metrics")
 
 
+class LaosFinder:
+    """Looks for the services of LAOS in clusters, where that is wished, every now and then."""
+
+    def __init__(self, post: Post, parts: Parts, on_news: Callable[[], None]) -> None:
+        self._post = post
+        self._parts = parts
+        self._on_news = on_news
+        self._told: dict[str, list[str]] = {}  # by cluster, what was said last
+        self._searches: dict[str, tuple[float, LaosSearch]] = {}  # by cluster, when the last began
+        self.found: dict[str, Laos] = {}  # by cluster
+
+    def close(self) -> None:
+        """Look no more."""
+        for _, search in self._searches.values():
+            search.cancel()
+
+    def search(self, specs: Iterable[ClusterSpec]) -> None:
+        """Look for services in clusters that are connected, where that is wished, every now and then."""
+        now = self._parts.reactor.now()
+        for spec in specs:
+            cluster = self._parts.follower.clusters.get(spec.name)
+            began_at = self._searches[spec.name][0] if spec.name in self._searches else -math.inf
+            wished = spec.laos.over(self._parts.settings.laos).discover and cluster is not None
+            if wished and cluster and cluster.is_connected and now - began_at >= self._post.timing.laos_discovery:
+                self._searches[spec.name] = now, LaosSearch(self._post, cluster, self._on_found)
+
+    def _on_found(self, name: str, found: list[LaosFinding], troubles: list[str]) -> None:
+        told = [*troubles, *map(format_finding, sorted(found, key=lambda each: (each.kind, each.rank)))]
+        told = told or [f"no service of LAOS in {' or '.join(LAOS_NAMESPACES)}"]
+        if told != self._told.get(name):
+            for line in told:
+                self._post.log.info("%s: %s", name, line, extra={"cluster": name})
+        laos = laos_of(found)
+        self._told[name] = told
+        urls = {kind: service.url for kind, service in laos._asdict().items() if isinstance(service, LaosService)}
+        self._parts.cache.put([set_meta(LAOS_META + name, json.dumps(urls))])
+        if laos != self.found.get(name, Laos()) and (found or not troubles):
+            self.found[name] = laos
+            self._on_news()
+
+
 class Telemetry:
     """What LAOS hears of the daemon: its metrics, its log, and alerts."""
 
@@ -13208,13 +13255,12 @@ class Telemetry:
         self._couriers: dict[tuple[str, LaosService], Courier] = {}
         self._checking = False
         self._specs: list[ClusterSpec] = []
-        self._found: dict[str, Laos] = {}  # by cluster, what was discovered
-        self._told: dict[str, list[str]] = {}  # by cluster, what was said of that last
-        self._searches: dict[str, tuple[float, LaosSearch]] = {}  # by cluster, when the last began
+        self._finder = LaosFinder(self._post, parts, lambda: self.follow(self._specs))
         self._listener: Listener | None = None
         self.readings = Readings(parts, self._times, self._couriers.values)
         self.address: str | None = None  # of the metrics on TCP
         parts.follower.on_changes.append(self._on_changes)
+        parts.follower.on_rewritten = self._rewrite
         parts.cache.on_written = self._meter.histograms["fabrik_daemon_event_to_cache_seconds"].observe
 
     def start(self, specs: Iterable[ClusterSpec], server: Server) -> None:
@@ -13223,6 +13269,10 @@ class Telemetry:
         if self._parts.settings.metrics_listen is not None:
             self._listen(*self._parts.settings.metrics_listen, server)
         self.follow(specs)
+        for spec in self._specs:
+            laos = self._laos_of(spec)
+            if laos.alerts == "direct" and laos.alertmanager is None and not laos.discover:
+                self._post.log.warning("%s: alerts: direct, but no alertmanager is named under laos:", spec.name)
         for line in self._parts.ring.last(LOG_RING_LINES, LOG_LEVELS[0]):
             self._put(line)
         self._parts.ring.on_line = lambda line: self._parts.reactor.call_soon(lambda: self._put(line))
@@ -13245,14 +13295,48 @@ class Telemetry:
             courier.poke()
 
     def close(self) -> None:
-        """Tell nothing more."""
+        """Tell nothing more, once Loki has the last lines, if it takes them at once."""
+        spools = [courier for courier in self._couriers.values() if isinstance(courier.shipper, LogSpool)]
+        self._hurry([courier for courier in spools if not courier.trouble])
         self._parts.ring.on_line = lambda line: None
         if self._listener is not None:
             self._listener.close()
         for courier in self._couriers.values():
             courier.stop()
-        for _, search in self._searches.values():
-            search.cancel()
+        self._finder.close()
+
+    def status(self) -> list[JsonObject]:
+        """Return how the services are that something is sent to."""
+        return [
+            {
+                "target": courier.target,
+                "url": courier.service.url,
+                "error": courier.trouble or None,
+                "taken_at": None if courier.taken_at is None else format_time(courier.taken_at, milliseconds=True),
+            }
+            for courier in self._couriers.values()
+        ]
+
+    def _rewrite(self) -> None:
+        """Write the alerts into a cache that was made anew."""
+        self._parts.cache.put([alert_statement(tuple(row)) for row in self._alert_rows.values()])
+
+    def _hurry(self, couriers: Sequence[Courier]) -> None:
+        reactor = self._parts.reactor
+
+        def stop_where_done() -> None:
+            if not any(len(courier.shipper) for courier in couriers if isinstance(courier.shipper, LogSpool)):
+                reactor.stop()
+
+        for courier in couriers:
+            courier.on_answered = stop_where_done
+            if isinstance(courier.shipper, LogSpool):
+                courier.shipper.is_hurried = True
+            courier.poke()
+        if couriers:
+            reactor.call_later(LAOS_LAST_S, reactor.stop)
+            reactor.call_soon(stop_where_done)  # behind the lines that are on their way to the spool
+            reactor.run()
 
     def _listen(self, host: str, port: int, server: Server) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -13269,34 +13353,10 @@ class Telemetry:
 
     def _laos_of(self, spec: ClusterSpec) -> Laos:
         """Return a cluster's services: as configured for it, overall, and as discovered, in this order."""
-        laos = spec.laos.over(self._parts.settings.laos).over(self._found.get(spec.name, Laos()))
+        laos = spec.laos.over(self._parts.settings.laos).over(self._finder.found.get(spec.name, Laos()))
         # On a host alerts must be switched on: those of one that sleeps would resolve by themselves.
         in_cluster = "KUBERNETES_SERVICE_HOST" in os.environ
         return laos._replace(alerts=laos.alerts or ("direct" if in_cluster else None))
-
-    def _search(self) -> None:
-        """Look for services in clusters that are connected, where that is wished, every now and then."""
-        now = self._parts.reactor.now()
-        for spec in self._specs:
-            cluster = self._parts.follower.clusters.get(spec.name)
-            began_at = self._searches[spec.name][0] if spec.name in self._searches else -math.inf
-            wished = spec.laos.over(self._parts.settings.laos).discover and cluster is not None
-            if wished and cluster and cluster.is_connected and now - began_at >= self._timing.laos_discovery:
-                self._searches[spec.name] = now, LaosSearch(self._post, cluster, self._on_found)
-
-    def _on_found(self, name: str, found: list[LaosFinding], troubles: list[str]) -> None:
-        told = [*troubles, *map(format_finding, sorted(found, key=lambda each: (each.kind, each.rank)))]
-        told = told or [f"no service of LAOS in {' or '.join(LAOS_NAMESPACES)}"]
-        if told != self._told.get(name):
-            for line in told:
-                self._post.log.info("%s: %s", name, line, extra={"cluster": name})
-        laos = laos_of(found)
-        self._told[name] = told
-        urls = {kind: service.url for kind, service in laos._asdict().items() if isinstance(service, LaosService)}
-        self._parts.cache.put([set_meta(LAOS_META + name, json.dumps(urls))])
-        if laos != self._found.get(name, Laos()) and (found or not troubles):
-            self._found[name] = laos
-            self.follow(self._specs)
 
     def _courier(self, target: Target) -> Courier:
         shipper: Shipper
@@ -13354,7 +13414,7 @@ class Telemetry:
 
     def _check(self) -> None:
         self._checking = False
-        self._search()
+        self._finder.search(self._specs)
         clusters = self._parts.follower.clusters
         live = {name for name, cluster in clusters.items() if cluster.is_connected}
         self._known |= live
@@ -13399,6 +13459,7 @@ class DaemonKnowledge:
             "cache": os.path.abspath(daemon.settings.cache),
             "cache_error": daemon.cache.error,
             "metrics": daemon.telemetry.address,
+            "laos": daemon.telemetry.status(),
             "runs": len(runs),
             "runs_by_status": {status: runs.count(status) for status in (*STATUSES, UNKNOWN) if status in runs},
             "subscribers": len(daemon.bus),
@@ -13684,10 +13745,10 @@ class Daemon:
         for cluster in self._follower.clusters.values():
             cluster.stop()
             self.cache.put([cluster_statement(cluster.spec.name, {"connected": 0})])
+        self.telemetry.close()
         if not self.cache.close(self.settings.timing.stop):
             self._log.error("the cache could not be written to its end within %g s", self.settings.timing.stop)
         self._credentials.close()
-        self.telemetry.close()
         self.server.close()
         self._reactor.close()
         self._lock.release()

@@ -228,6 +228,8 @@ def test_a_human_gate_fires_at_once_stays_one_alert_over_a_restart_and_resolves(
         for number in range(1, len(before) + 1):
             report(cluster, number)
         wait_until(lambda: firing(alertmanager) == [], SOON_S, "the alert is over when the gate is passed")
+        (service,) = host.status()["laos"]
+        assert (service["target"], service["url"], service["error"]) == ("alertmanager", alertmanager.url, None)
         host.stop()
 
 
@@ -398,6 +400,8 @@ def test_loki_takes_every_line_with_few_labels_and_the_rest_as_metadata(host: Ho
         talk(host, 30)
         wait_until(lambda: reloads(loki) == 30, SOON_S, "every line is in Loki")
         wait_until(lambda: len(loki.lines()) == len(logged(host)), SOON_S, "as many as in the ring")
+        host.stop()
+    assert "SIGTERM: stopping" in loki.lines()[-1][2]
     assert loki.refusals == []
     labels = [labels for labels, _, _, _ in loki.lines()]
     assert all(label.keys() <= {"job", "host", "cluster", "level"} for label in labels)
@@ -405,7 +409,7 @@ def test_loki_takes_every_line_with_few_labels_and_the_rest_as_metadata(host: Ho
     assert "dev" in {label.get("cluster") for label in labels}
     listed = next(line for line in loki.lines() if "dev: listed" in line[2])
     assert (listed[0]["cluster"], listed[0]["level"]) == ("dev", "info")
-    assert listed[3]["pid"] == str(host.pid)
+    assert listed[3]["pid"].isdigit()
     assert json.loads(listed[2])["message"].startswith("dev: listed")
     assert all(push.headers["X-Scope-OrgID"] == "fabrik" for push in loki.pushes)
     assert all(push.headers["Content-Encoding"] == "gzip" for push in loki.pushes)

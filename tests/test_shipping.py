@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laos import Loki, program
@@ -20,6 +22,7 @@ from fabrik_daemon import (
     METRIC_RUNS,
     METRICS,
     REFUSED,
+    SEVERITIES,
     TAKEN,
     AlertBook,
     AlertRow,
@@ -34,6 +37,7 @@ from fabrik_daemon import (
     Shipment,
     StatusTimes,
     Timing,
+    UsageError,
     annotations_of,
     causes_of,
     format_finding,
@@ -442,3 +446,56 @@ def test_the_rules_do_what_the_daemon_does(tmp_path: Path) -> None:
     for words in (("check", "rules", "rules.yml"), ("test", "rules", "test.yml")):
         done = subprocess.run([program("promtool"), *words], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("form", ["service", "scrapeconfig", "cluster"])
+def test_what_tells_the_operators_prometheus_of_the_daemon(form: str) -> None:
+    text = format_manifest("prometheus", {"form": form, "address": "192.0.2.77", "namespace": "laos", "interval": "7s"})
+    documents = {document["kind"]: document for document in yaml.safe_load_all(text)}
+    assert all(document["metadata"]["namespace"] == "laos" for document in documents.values())
+    if form == "service":
+        assert set(documents) == {"Service", "Endpoints", "ServiceMonitor"}
+        assert documents["Endpoints"]["subsets"][0]["addresses"] == [{"ip": "192.0.2.77"}]
+        assert documents["Endpoints"]["metadata"]["name"] == documents["Service"]["metadata"]["name"]
+        selected = documents["ServiceMonitor"]["spec"]["selector"]["matchLabels"].items()
+        assert selected <= documents["Service"]["metadata"]["labels"].items()
+    elif form == "cluster":
+        deployed = yaml.safe_load_all(format_manifest("deployment", {}))
+        service = next(document for document in deployed if document["kind"] == "Service")
+        monitor = documents["ServiceMonitor"]["spec"]
+        assert monitor["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+        assert monitor["namespaceSelector"]["matchNames"] == [service["metadata"]["namespace"]]
+        assert monitor["endpoints"][0]["port"] in {port["name"] for port in service["spec"]["ports"]}
+    else:
+        assert documents["ScrapeConfig"]["spec"]["staticConfigs"] == [{"targets": ["192.0.2.77:9464"]}]
+
+
+def test_what_tells_a_plain_prometheus_of_the_daemon(tmp_path: Path) -> None:
+    (tmp_path / "prometheus.yml").write_text(format_manifest("prometheus", {"form": "file"}))
+    command = [program("promtool"), "check", "config", "prometheus.yml"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode == 0
+
+
+def test_the_operators_rules_are_those_of_the_file() -> None:
+    plain = yaml.safe_load(format_manifest("prometheus-rules", {"form": "file"}))
+    rules = yaml.safe_load(format_manifest("prometheus-rules", {}))
+    assert (rules["kind"], rules["spec"]) == ("PrometheusRule", plain)
+    assert {rule["alert"]: rule["labels"]["severity"] for rule in plain["groups"][0]["rules"]} == SEVERITIES
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
+    board = json.loads(format_manifest("grafana", {}))
+    asked = {
+        name
+        for panel in board["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"fabrik_\w+", target["expr"])
+    }
+    assert len(asked) > 15
+    assert {re.sub(r"_bucket$", "", name) for name in asked} <= set(METRICS)
+    assert "$$" not in json.dumps(board)
+
+
+def test_a_form_that_there_is_not_is_told() -> None:
+    with pytest.raises(UsageError, match="did you mean 'scrapeconfig'"):
+        format_manifest("prometheus", {"form": "scrapecfg"})
