@@ -19239,7 +19239,7 @@ def _watch(context: Context, arguments: argparse.Namespace, listing: ListOf, req
             if wanted.matches(row):
                 _print_change(context, arguments.output, listing, shown, row._asdict())
         elif message["type"] == "lagged":
-            context.warn("changes came faster than they were shown; the list begins anew")
+            context.warn("some changes were missed; the list begins anew")
         context.out.flush()
     return 0
 
@@ -20031,7 +20031,7 @@ def runs_watch(context: Context, arguments: argparse.Namespace) -> int:
         elif str(message["type"]).startswith("run:"):
             context.out.write(format_run_event(message, context.width, context.style))
         elif message["type"] == "lagged":
-            context.warn("changes came faster than they were shown; the list begins anew")
+            context.warn("some changes were missed; the list begins anew")
         elif message["type"] == "snapshot" and message["runs"]:
             context.out.write(format_table(RUN_COLUMNS, message["runs"], time.time(), context.width))
         context.out.flush()
