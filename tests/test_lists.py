@@ -117,6 +117,7 @@ def test_sql_and_memory_give_the_same_list(database: sqlite3.Connection, data: s
         database.execute(*upsert(row))
     found = [kind(*values) for values in database.execute(*list_statement(kind, wanted, selection))]
     assert found == select_rows(filter(wanted.matches, rows), kind, selection)
+    assert wanted.select(rows, kind) == [row for row in rows if wanted.matches(row)]
 
 
 def test_a_long_list_is_cut_as_a_short_one_is() -> None:
