@@ -18318,8 +18318,8 @@ class Installer:
 
     def _copy_program(self) -> None:
         """Copy the executable, where it is one and does not stand there already."""
-        source = os.path.realpath(sys.argv[0])
-        if self._service.program in self._service.command and os.path.realpath(self._service.program) != source:
+        source, target = os.path.realpath(sys.argv[0]), os.path.realpath(self._at(self._service.program))
+        if self._service.program in self._service.command and target != source:
             with open(source, "rb") as file:
                 self._write(ServiceFile(self._service.program, file.read(), 0o755))
 
@@ -20300,7 +20300,7 @@ def install_service(context: Context, arguments: argparse.Namespace) -> int:
 def uninstall_service(context: Context, arguments: argparse.Namespace) -> int:
     """Take the service away again; settings, cache and executable stay."""
     arguments.on_demand, arguments.env = False, []
-    installation, _ = _installation(context, arguments)
+    installation, _ = _installation(context, arguments, ("fabrik-daemon",))
     _check_rights(arguments)
     Installer(installation, lambda line: _tell(context, line), dry_run=arguments.dry_run).uninstall()
     return 0
@@ -20310,8 +20310,13 @@ def _tell(context: Context, line: str) -> None:
     context.out.write(f"{safe_text(line)}\n")
 
 
-def _installation(context: Context, arguments: argparse.Namespace) -> tuple[Installation, list[str]]:
-    """Return what the arguments and this moment make of a service, and notes on what it lacks. Raises UsageError."""
+def _installation(
+    context: Context, arguments: argparse.Namespace, command: tuple[str, ...] = ()
+) -> tuple[Installation, list[str]]:
+    """Return what the arguments and this moment make of a service, and notes on what it lacks. Raises UsageError.
+
+    Without a `command` it is the one that runs now.
+    """
     manager = arguments.manager or manager_of_host()
     if manager == "launchd" and arguments.system:
         raise UsageError("launchd starts it as an agent of its user", "leave out --system")
@@ -20337,7 +20342,7 @@ def _installation(context: Context, arguments: argparse.Namespace) -> tuple[Inst
         root=os.path.abspath(arguments.root).rstrip("/") if arguments.root else "",
         home=home,
         program=program,
-        command=service_command(program, system=system),
+        command=command or service_command(program, system=system),
         environment=environment,
         socket=own_socket,
         crash_file=crash_path(settings.cache),

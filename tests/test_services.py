@@ -368,6 +368,7 @@ def test_installing_into_an_image(on_demand: bool, executable: Path, unpacked: P
     again = shell.run("install-service", *words)
     assert again.code == 0
     assert "wrote" not in again.stdout
+    shell.python = sys.executable  # whichever: it is not the one of the unit
     removed = shell.run("uninstall-service", *words[:5])
     assert removed.code == 0, removed.stderr
     assert systemctl("is-enabled", "fabrik-daemon") == ""
