@@ -382,7 +382,7 @@ def test_installing_into_an_image(on_demand: bool, executable: Path, unpacked: P
         (["--manager", "launchd", "--system"], "without|leave out --system"),
         (["--manager", "openrc"], "--system"),
         (["--manager", "launchd", "--on-demand"], "systemd"),
-        (["--manager", "upstart"], "invalid choice"),
+        (["--manager", "upstart"], "choose from.*openrc"),
         (["--env", "NOVALUE"], "NAME=VALUE"),
     ],
 )
