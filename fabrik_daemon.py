@@ -16303,7 +16303,7 @@ class LogPage(TextPage):
     """A run's log: lines that come, the last of them in sight while it is followed."""
 
     def __init__(self, about: Run) -> None:
-        super().__init__("logs", f"log of {safe_text(about.run_id)}", lambda width, moment: [], about)
+        super().__init__("logs", f"of {safe_text(about.run_id)}", lambda width, moment: [], about)
         self.headings = 1
         self.is_following = True
         self.has_times = False
@@ -16379,7 +16379,9 @@ def timeline(events: Sequence[JsonObject]) -> list[TimelineEntry]:
             entries.append(TimelineEntry(at, STATUS_MARKS[str(status)], str(status), words))
         elif kind == "task_completed":
             figures = f"  {said.get('finished')}/{said.get('total')}" if said.get("total") else ""
-            entries.append(TimelineEntry(at, "│", "dim", f"{said.get('task')} done{figures}"))
+            is_before = bool(entries) and entries[-1].at == at  # what ends with a task comes after it
+            done = TimelineEntry(at, "│", "dim", f"{said.get('task')} done{figures}")
+            entries.insert(len(entries) - is_before, done)
         elif kind == "blocked":
             where = "  ".join(str(said[name]) for name in ("phase", "task", "reason") if said.get(name))
             if entries and entries[-1].role == BLOCKED:
@@ -17535,19 +17537,16 @@ class LogReader:
 
     def _read(self) -> None:
         """Tell lines as they come, those that come together at once; what the process says of itself is the source."""
-        streams = {
-            stream.fileno(): b"" for stream in (self._process.stdout, self._process.stderr) if stream is not None
-        }
-        out = next(iter(streams))
-        while streams and not self._is_closed:
-            for file in select.select(list(streams), [], [])[0]:
-                data = os.read(file, READ_BYTES)
-                *lines, rest = (streams[file] + data).split(b"\n")
-                streams[file] = rest
-                if not data:
-                    del streams[file]
-                self._take([line.decode("utf-8", "replace") for line in lines], is_log=file == out)
-        self._process.wait()
+        with self._process as process:
+            streams = {stream.fileno(): b"" for stream in (process.stdout, process.stderr) if stream is not None}
+            out = next(iter(streams))
+            while streams and not self._is_closed:
+                for file in select.select(list(streams), [], [])[0]:
+                    data = os.read(file, READ_BYTES)
+                    *lines, streams[file] = (streams[file] + data).split(b"\n")
+                    if not data:
+                        del streams[file]
+                    self._take([line.decode("utf-8", "replace") for line in lines], is_log=file == out)
         if not self._is_closed:
             self._tell(LogTold(self.run_id, (), f"{self._source}; it is over"))
 
@@ -18523,7 +18522,7 @@ _BOOKMARK_S: Final = 10.0
 _WATCH_S: Final = 300.0  # for a watch that does not say how long
 _PEER_S: Final = 5.0  # what is written to a peer that does not read, or read from one that says nothing
 
-DemoAnswer = Union[JsonObject, Iterator[JsonObject]]  # one object, or the events of a watch
+DemoAnswer = Union[JsonObject, Iterator[JsonObject], Iterator[str]]  # an object, a watch's events, a log's lines
 
 
 class DemoServer:
@@ -18577,6 +18576,9 @@ class DemoServer:
                 return 200, self._list(kind, match[1] or "")
         if parts.path == "/api/v1/namespaces/kube-system":
             return 200, {"kind": "Namespace", "apiVersion": "v1", "metadata": {"name": "kube-system", "uid": self._uid}}
+        printed = re.fullmatch(rf"{PODS.root}/namespaces/[^/]+/{PODS.name}/([^/]+)/log", parts.path)
+        if printed and query.get("previous") != "true":
+            return 200, self._log(printed[1], query)
         return 404, _failure(404, "NotFound", "the server could not find the requested resource")
 
     def _list(self, kind: Resource, namespace: str) -> JsonObject:
@@ -18634,6 +18636,33 @@ class DemoServer:
                 bookmark_at = now + _BOOKMARK_S
                 yield {"type": "BOOKMARK", "object": {**head, "metadata": {"resourceVersion": str(version)}}}
 
+    def _log(self, pod: str, query: Mapping[str, str]) -> Iterator[str]:
+        """Yield what a Pod prints, a line for each of its reports, its time before it; followed, until it ends."""
+        version, since, tail = 0, epoch_of(query.get("sinceTime")) or 0.0, int(query.get("tailLines") or INT_MAX)
+        is_over = query.get("follow") != "true"
+        while not self._closed:
+            with self._changed:
+                events, version = self._events[version:], len(self._events)
+            pods = [event for event in events if (event.resource, event.object["metadata"]["name"]) == (PODS.name, pod)]
+            printed = [line for line in map(_printed, pods) if line]
+            lines = [line for line in printed if (epoch_of(line.partition(" ")[0]) or 0.0) >= since]
+            yield from lines[-tail:]
+            tail = INT_MAX
+            ended = [pod.type == "DELETED" or pod.object["status"]["phase"] in ("Succeeded", "Failed") for pod in pods]
+            if is_over or any(ended):
+                return
+            with self._changed:
+                if len(self._events) == version and not self._closed:
+                    self._changed.wait(_BOOKMARK_S)
+
+
+def _printed(step: DemoStep) -> str:
+    """Return the line that a Pod printed with a report: its time, then what it did; empty where it reported nothing."""
+    facts = facts_from(PODS.name, step.object)
+    report = facts.report if isinstance(facts, PodFacts) else NO_REPORT
+    done = f"{report.finished} of {report.total} done"
+    return f"{report.heartbeat_at} {report.phase} {report.task}: {done}" if report.heartbeat_at else ""
+
 
 def kubeconfig_text(servers: Mapping[str, str]) -> str:
     """Return a kubeconfig with a context for each name and server URL."""
@@ -18673,7 +18702,7 @@ def _handler_for(server: DemoServer) -> type[socketserver.BaseRequestHandler]:
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
             for event in answer:
-                line = json.dumps(event).encode() + b"\n"
+                line = (event if isinstance(event, str) else json.dumps(event)).encode() + b"\n"
                 self.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
             self.wfile.write(b"0\r\n\r\n")
 

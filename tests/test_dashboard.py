@@ -562,7 +562,7 @@ def test_logs_follow_search_and_times() -> None:
     async def test(shown: Shown) -> None:
         for opened in ("l", "g l"):
             text = await shown.press(*opened.split())
-            assert "logs log of a0" in text
+            assert "logs of a0" in text
             assert shown.feed.log == "a0"
             await shown.press("escape")
             assert shown.feed.log == "", "nothing is followed that is not seen"
@@ -661,8 +661,8 @@ def test_a_filter_is_completed() -> None:
         ("runs @prod", "runs 2 of 5"),
         ("runs status:blocked", "runs 1 of 5  /status:blocked"),
         ("run a1", "runs > run a1"),
-        ("logs b2", "logs log of b2"),
-        ("logs", "logs log of a0"),
+        ("logs b2", "logs of b2"),
+        ("logs", "logs of a0"),
         ("run nosuch", "no runs begin with 'nosuch'"),
         ("run a", "3 runs begin with 'a'"),
         ("sort cluster", "CLUSTER↑"),
