@@ -34,7 +34,7 @@ TITLE: Final = "fabrik-daemon dashboard"
 PLAYS: Final = {  # picture -> palette, size, keys, what must be on it
     "runs": ("dark", (112, 26), "a j", ("attention", "◆ blocked", "✗ failed", "● running", "OOMKilled")),
     "run": ("dark", (112, 36), "a enter", ("run ", "TIMELINE", "◆ blocked", "human-gate", "VOLUMES")),
-    "log": ("dark", (112, 20), "slash s t a t u s colon r u n enter l t", ("logs of ", "followed", ":impl")),
+    "log": ("dark", (112, 20), "slash s t a t u s colon r u n enter l t", ("logs of ", "followed", "of 48 done")),
     "light": ("light", (80, 24), "j j", ("dev", "prod", "● running", "○ pending")),
 }
 
