@@ -11985,7 +11985,8 @@ class ServerConnection:
 
     def _take_in(self, framing: Framing) -> bool:
         """Look at the next thing a client said that reads its answers; say whether there was one."""
-        if self._outbox.is_full or self._waiting >= ANSWERS_WAITING or framing.is_busy or self._over:
+        full = self._outbox.is_full or self._stream.pending_bytes >= OUTPUT_HIGH_BYTES  # pongs go past the outbox
+        if full or self._waiting >= ANSWERS_WAITING or framing.is_busy or self._over:
             if self._inbox:
                 self._stream.pause()
             return False

@@ -560,7 +560,7 @@ def test_a_request_must_come_to_its_end(model: ModelServer, make_host: Callable[
 
 
 def test_a_websocket_client_that_is_gone_is_let_go(model: ModelServer, make_host: Callable[..., Host]) -> None:
-    host = make_host(Cluster(model), ping="300ms")
+    host = make_host(Cluster(model), ping="1s")
     host.start()
     with WebSocketClient(host.socket) as deaf, WebSocketClient(host.socket) as alive, LinesClient(host.socket) as lines:
         for client in (deaf, alive, lines):

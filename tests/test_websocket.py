@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import subprocess
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import pytest
 import websocket
 import wsproto
-from clients import WebSocketClient, http_request
+from clients import ANSWER_S, WebSocketClient, http_request
 from fabrik_objects import run_id
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -88,6 +91,43 @@ def test_a_query_string_subscribes_at_once(world: World) -> None:
         assert client.message()["type"] == "subscribed"
         report(5, 61, server=world.prod)
         assert client.message()["progress"]["finished"] == 61
+
+
+RAW_HANDSHAKE: Final = (
+    b"GET /v1/stream HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+
+
+@pytest.mark.parametrize("before", [b"", b"GET /v1/ping HTTP/1.1\r\nHost: a\r\n\r\n"], ids=["first", "after HTTP"])
+def test_a_request_right_behind_the_handshake(world: World, before: bytes) -> None:
+    with world.connect() as client:
+        client.send(before + RAW_HANDSHAKE + bytes(Frame(TEXT, b'{"action":"ping","id":7}')) + bytes(close(1000)))
+        answer = client.rest()
+    assert b"HTTP/1.1 101 " in answer
+    assert answer.endswith(b'\x81\x16{"type":"ping","id":7}\x88\x02\x03\xe8\n')
+
+
+def test_pongs_that_nobody_reads_cost_no_memory(world: World) -> None:
+    before = resident_kib(world.daemon.pid)
+    flood = bytes(Frame(PING, b"x" * 125)) * 4000
+    with world.connect() as client:
+        client.send(RAW_HANDSHAKE)
+        client.socket.settimeout(1.0)
+        with contextlib.suppress(TimeoutError, socket.timeout):
+            for _ in range(100):
+                client.send(flood)
+        world.assert_answers()
+        assert resident_kib(world.daemon.pid) - before < 8 * 1024
+        client.socket.settimeout(ANSWER_S)
+        assert client.line().startswith(b"HTTP/1.1 101 ")
+    world.assert_answers()
+
+
+def resident_kib(pid: int) -> int:
+    """Return a process's resident memory."""
+    done = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True, check=True)
+    return int(done.stdout)
 
 
 # ---------------------------------------------------------------- the codec: Autobahn's server cases, by their numbers
