@@ -642,7 +642,9 @@ def test_sigterm_ends_within_2_s_with_all_that_was_told_in_the_cache(model: Mode
     assert "Traceback" not in host.log
     assert len(told) == runs
     cached = progress_in(host)
-    assert {run: cached[run] for run in told} == told
+    assert {run: cached[run] for run in told if cached[run] < told[run]} == {}, (
+        "the last it wrote it need not have told"
+    )
 
 
 def test_sigint_ends_it_in_order_too(model: ModelServer, make_host: MakeHost) -> None:
