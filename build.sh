@@ -413,7 +413,7 @@ test_all() {
   .venv/bin/ruff format --check . || failed=1
   .venv/bin/ruff check . || failed=1
   .venv/bin/mypy || failed=1
-  .venv/bin/pytest -q "$@" || failed=1
+  .venv/bin/pytest -q -n auto --dist loadfile "$@" || failed=1
   return "$failed"
 }
 
