@@ -37,6 +37,7 @@ from fabrik_daemon import (
     check_age,
     epoch_of,
     format_duration,
+    format_time,
     list_statement,
     meanings,
     parse_duration,
@@ -221,6 +222,12 @@ def test_what_is_no_moment(text: str) -> None:
 @given(st.integers(0, 10**8).map(lambda thousandths: thousandths / 1000))
 def test_durations_read_back(seconds: float) -> None:
     assert parse_duration(format_duration(seconds)) == pytest.approx(seconds, abs=1e-6)
+
+
+@given(st.integers(0, 4_000_000_000_000))
+def test_a_time_with_thousandths_reads_back(thousandths: int) -> None:
+    text = format_time(thousandths // 1000, milliseconds=True)[:-4] + f"{thousandths % 1000:03}Z"
+    assert format_time(parse_moment(text, NOW), milliseconds=True) == text
 
 
 def test_the_age_that_is_allowed() -> None:
