@@ -186,7 +186,8 @@ class Oracle:
         if server.traits.bookmarks:
             due = server.lineage.revision_at(self._world.now - STALE_AFTER_S)
             age = self._world.wall() - (fabrik_daemon.epoch_of(synced_at) or 0)
-            if int(version) < due or age > STALE_AFTER_S:
+            behind = int(version) < due if version else state == "watching"  # while all is listed anew there is none
+            if behind or age > STALE_AFTER_S:
                 raise Violation(f"{watcher.scope}: is at {version}, {age:.0f} s old, and the server was at {due}")
 
     def _check_readers(self, daemon: fabrik_daemon.Daemon) -> None:
