@@ -19241,7 +19241,9 @@ def clusters_list(context: Context, arguments: argparse.Namespace) -> int:
     for spec in configured_clusters(context.settings, context.environment) if here else []:
         row = {**empty, **rows.get(spec.name, {}), "name": spec.name, "priority": spec.priority}
         rows[spec.name] = {**row, "error": "disabled" if not spec.enabled else row["error"]}
-    answer = sorted(rows.values(), key=lambda row: (row["priority"], row["name"]), reverse=arguments.reverse)
+    first = arguments.sort_by or "priority"
+    answer = sorted(rows.values(), key=lambda row: (row[first] is None, row[first], row["priority"], row["name"]))
+    answer = (answer[::-1] if arguments.reverse else answer)[: arguments.limit]
     names = ("name", "server", "priority", "connected", "error", "last_event_at")
     print_rows(
         context, arguments.output, CLUSTER_COLUMNS, [{name: row[name] for name in names} for row in answer], names
@@ -20582,7 +20584,10 @@ def _warnings_list_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _clusters_list_arguments(parser: argparse.ArgumentParser) -> None:
+    columns = ("name", "server", "priority", "connected", "error", "last_event_at")
+    parser.add_argument("--sort-by", choices=columns, help="rising by a column (default: priority)")
     parser.add_argument("--reverse", action="store_true", help="the other way round")
+    parser.add_argument("--limit", type=count_argument, metavar="N", help="at most the first N rows")
     output_argument(parser)
 
 

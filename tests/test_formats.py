@@ -285,6 +285,15 @@ def test_a_run_and_its_changes_in_colour() -> None:
     assert cells_of(format_run_event(event, 30, style)[:-1]) == 30
 
 
+def test_a_run_with_its_last_log_lines() -> None:
+    log = [{"line": "built 3 of 4"}, {"line": "\x1b[2Jgone"}, None]
+    text = format_run(
+        {**RUN, "log": log, "timeline": [{"at": RUN["created_at"], "what": "running", "seconds": 90}]}, NOW, 60
+    )
+    assert "\nlast log lines\nbuilt 3 of 4\n\\x1b[2Jgone\n" in text
+    assert "\ntimeline\nAT                    TOOK   WHAT\n2026-09-20 10:00:00    90s   running\n" in text
+
+
 def test_rows_of_a_cluster_that_is_away_say_so() -> None:
     parts = [Freshness("production", connected=False, synced_at="2026-09-21T10:00:00Z")]
     columns, rows = columns_with_age(RUN_COLUMNS, [RUN], parts)

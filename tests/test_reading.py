@@ -376,6 +376,16 @@ def test_what_watches_starts_a_daemon_and_what_asks_once_does_not(world: World) 
     assert world.run("runs", "watch").returncode == 4
 
 
+def test_clusters_in_another_order(world: World) -> None:
+    for words, names in (
+        ((), ["dev", "prod"]),
+        (("--reverse",), ["prod", "dev"]),
+        (("--sort-by", "name", "--reverse", "--limit", "1"), ["prod"]),
+        (("--sort-by", "error"), ["dev", "prod"]),
+    ):
+        assert [row["name"] for row in world.rows("clusters", "list", *words)] == names, words
+
+
 # ---------------------------------------------------------------- formats of real rows
 
 
