@@ -266,6 +266,8 @@ def writable(place):
 
 def bootstrap(tree):
     """Have shiv's own bootstrap unpack this very tree, if it is not there, and run the program."""
+    import fcntl
+    import importlib.util
     import io
     import subprocess
     import zipfile
@@ -280,8 +282,12 @@ def bootstrap(tree):
             with zipfile.ZipFile(io.BytesIO(archive.read("tree.zip"))) as packed:
                 extract(packed, *args)
             # In a process of its own: compiling leaves 45 MB behind, which a daemon would keep as long as it lives.
+            # Of those who start at once one does it, a second's work, and the others wait for that.
             module = os.path.join(tree, "site-packages", "fabrik_daemon.py")
-            subprocess.call([sys.executable, "-I", "-m", "py_compile", module], stderr=subprocess.DEVNULL)
+            with open(module, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if not os.path.exists(importlib.util.cache_from_source(module)):
+                    subprocess.call([sys.executable, "-I", "-m", "py_compile", module], stderr=subprocess.DEVNULL)
         except OSError as error:
             note("cannot unpack into %s: %s; SHIV_ROOT names another place" % (tree, error.strerror or error))
             sys.exit(1)
