@@ -428,6 +428,7 @@ COMPLETIONS_SHOWN: Final = 12
 FEED_END_S: Final = 1.0  # for the threads of the dashboard to end
 RECONNECT_S: Final = 0.5  # between two looks for a daemon, and at the cache meanwhile
 CLUSTERS_EVERY_TICKS: Final = 5  # seconds: how far behind each cluster is
+REMOTE_CLUSTERS_EVERY_TICKS: Final = 30  # each question there is a handshake, and those are limited
 DRAW_EVERY_S: Final = 0.03
 BAR_CELLS: Final = 18  # a progress bar with its figures, where there is room for both
 LOG_LINE_MAX_BYTES: Final = 256 * 1024  # a container may print without ever ending a line
@@ -16342,7 +16343,7 @@ class LogPage(TextPage):
         super().move(by, height - 1)
 
     def _wrapped(self, at: str, text: str, width: int) -> list[Line]:
-        head = (f"{clock_time(at)} ", "dim") if self.has_times else (" ", "")
+        head = (f" {clock_time(at)} ", "dim") if self.has_times else (" ", "")
         pieces = rich.cells.chop_cells(safe_text(text.expandtabs()), max(10, width - len(head[0]))) or [""]
         rest = (" " * len(head[0]), "")
         return [Line(((head if number == 0 else rest), (piece, ""))) for number, piece in enumerate(pieces)]
@@ -17350,6 +17351,7 @@ class Feed:
     def __init__(self, places: Places, tell: Callable[[FeedMessage], None]) -> None:
         self._places = places
         self._start_daemon = places.start_daemon
+        self.clusters_every_ticks = CLUSTERS_EVERY_TICKS if places.cache else REMOTE_CLUSTERS_EVERY_TICKS
         self._tell = tell
         self._closed = threading.Event()
         self._asked: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -17530,7 +17532,7 @@ class LogReader:
         self.run_id = run_id
         self._tell = tell
         self._process = open_log(run_id)
-        self._source = "following the log"
+        self._source = "what its Pods print"
         self._is_closed = False
         threading.Thread(target=self._read, name="dashboard log", daemon=True).start()
 
@@ -17856,7 +17858,7 @@ def make_dashboard(  # noqa: C901 - its classes' methods count
 
         def _tick(self) -> None:
             self._ticks += 1
-            if self._ticks % CLUSTERS_EVERY_TICKS == 0 and desk.source.is_live:
+            if self._ticks % self._feed.clusters_every_ticks == 0 and desk.source.is_live:
                 self._feed.ask_clusters()
             if options.is_over() and not desk.is_touched:
                 self.exit(0)

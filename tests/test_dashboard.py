@@ -353,6 +353,7 @@ class ToldFeed:
         self.tell = tell
         self.asked: list[str] = []
         self.log = ""
+        self.clusters_every_ticks = 1
         self.calls: list[str] = []
 
     def start(self) -> None:
@@ -580,7 +581,7 @@ def test_logs_follow_search_and_times() -> None:
         assert "line 101" in await shown.press("f")
         clock = fabrik_daemon.clock_time(at(100))
         await shown.press("g", "g", "t")
-        assert f"{clock} line 0" in shown.text
+        assert f"\n {clock} line 0" in shown.text
         await shown.press("slash")
         await shown.type("line 5")
         await shown.press("enter")
@@ -763,6 +764,18 @@ def test_wide_shows_all_columns() -> None:
         assert "NAMESPACE" not in shown.lines[3]
 
     on_screen(test, size=(200, 60))
+
+
+def test_how_clusters_are_is_asked_for_as_long_as_a_daemon_answers() -> None:
+    async def test(shown: Shown) -> None:
+        await shown.pilot.pause(1.2)
+        assert "clusters" in shown.feed.calls
+        await shown.tell(fabrik_daemon.SourceTold("no daemon: the cache"))
+        shown.feed.calls.clear()
+        await shown.pilot.pause(1.2)
+        assert shown.feed.calls == []
+
+    on_screen(test)
 
 
 def test_an_id_is_copied() -> None:
