@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import fabrik_objects
 import pytest
 import yaml
+from clients import LinesClient
 from fabrik_objects import Report, run_id
 from fakes import Access, Authority, ModelServer
 from harness import Cluster, wait_until
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 TOKEN: Final = "a-bearer-token"
 BY_TOKEN: Final = Access(auth="token", ca="data")
 PATIENCE_S: Final = 30.0
+LATENCY_S: Final = 2.0  # of an answer; a query that held the daemon would hold it for its whole 5 s
 NAMES: Final = ("dev", "prod")
 
 
@@ -384,6 +386,33 @@ def test_clusters_in_another_order(world: World) -> None:
         (("--sort-by", "error"), ["dev", "prod"]),
     ):
         assert [row["name"] for row in world.rows("clusters", "list", *words)] == names, words
+
+
+HOSTILE: Final = (
+    "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n",
+    "SELECT printf('%.*c', 9000000, 'a') LIKE '%' || printf('%.*c', 40000, 'a') || 'b'",
+    "WITH RECURSIVE n(t) AS (SELECT 'xxxxxxxx' UNION ALL SELECT t || t FROM n) SELECT length(t) FROM n",
+)
+
+
+def test_the_daemon_goes_on_under_hostile_sql(world: World) -> None:
+    running = [world.host.popen("query", statement) for statement in HOSTILE]
+    server, asked = world.servers["dev"], 0
+    with LinesClient(world.host.socket) as client:
+        while any(process.poll() is None for process in running):
+            began = time.monotonic()
+            assert client.ask("runs", limit=1)["runs"]
+            assert time.monotonic() - began < LATENCY_S
+            asked += 1
+            time.sleep(0.05)
+    codes = [process.wait() for process in running]
+    for process in running:
+        process.communicate()
+    assert asked > 5
+    assert all(code in {1, 2} for code in codes), codes
+    server.put("jobs", fabrik_objects.job(80))
+    wait_until(lambda: len(world.rows("runs", "list")) == 13, PATIENCE_S, "changes still come")
+    assert world.host.rows("PRAGMA integrity_check")[0]["integrity_check"] == "ok"
 
 
 # ---------------------------------------------------------------- formats of real rows
