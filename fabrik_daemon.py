@@ -1015,7 +1015,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for a mistyped word, or what there is to choose from."""
     choices = sorted(known)
     close = difflib.get_close_matches(word, choices, 1, 0.6)
-    return f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(choices)}"
+    return f"did you mean {close[0]!r}?" if close else f"choose from {some_of(choices)}"
+
+
+def some_of(words: Iterable[str]) -> str:
+    """Return words with commas between, and how many more there are where they would not make one clear line."""
+    shown = list(words)
+    most = 20
+    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
 
 
 def expand_home(path: str, environment: Mapping[str, str]) -> str:
@@ -1655,7 +1662,7 @@ def _yaml_items(node: yaml.Node | None, where: str, known: Iterable[str]) -> Ite
     if node is None or _yaml_is_null(node):
         return
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{_yaml_at(node, where)}: expected 'key: value' lines", f"keys: {', '.join(known)}")
+        raise ConfigError(f"{_yaml_at(node, where)}: expected 'key: value' lines", f"keys: {some_of(known)}")
     seen: dict[str, str] = {}
     for key_node, value in node.value:
         at, key = _yaml_at(key_node, where), str(key_node.value)
