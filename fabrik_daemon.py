@@ -391,6 +391,7 @@ WEBSOCKET_KEY_CHARS: Final = 24  # 16 bytes in base64
 REQUEST_MAX_BYTES: Final = 2**20  # SQL may be long; nothing else is
 SEND_BYTES: Final = 64 * 1024  # what is handed to a connection at a time
 OUTPUT_HIGH_BYTES: Final = 64 * 1024  # what waits for each client beside the kernel's buffer; a thousand may be deaf
+LOST_GAPS: Final = 100  # in the numbers of a stream, one a start; of the older ones nothing between is believed
 REPLAYED_AT_ONCE: Final = 200  # changes read out of the cache for one who comes back, some 5 ms
 HISTORY_LOADED: Final = 1000  # of them, taken over from the cache at start
 HISTORY_EVENTS: Final = 10_000  # what includeHistory reaches back to
@@ -3524,7 +3525,7 @@ class Past(NamedTuple):
     cursor: Cursor
     changes: Sequence[Change] = ()
     after: int = 0
-    upto: int = 0  # what a daemon that crashed told under a later number was lost with it
+    lost: Sequence[range] = ()  # numbers of what daemons that crashed may have told, and took along
 
 
 class Lack(NamedTuple):
@@ -3626,7 +3627,7 @@ class Bus:
         self._history: deque[_Published] = deque()
         self._history_bytes = 0
         self._history_after = past.after  # history holds all that came after this number
-        self._lost = range(past.upto + 1, self.seq)  # numbers of changes that nobody remembers
+        self._lost = past.lost
         self._groups: dict[Filter, dict[Subscription, None]] = {}  # who asks for the same is told the same
         for change in past.changes:
             self._remember(_Published(change, event_line(change)))
@@ -3654,7 +3655,7 @@ class Bus:
         if since is None:
             subscription.say(self._last(wanted, wish.history))
             subscription.say(self._snapshot(wanted) if wish.snapshot else ())
-        elif since.stream != self.stream or since.seq > self.seq or since.seq in self._lost:
+        elif since.stream != self.stream or since.seq > self.seq or any(since.seq in gap for gap in self._lost):
             subscription.lag(None)
         elif since.seq < self._history_after:
             self._await(subscription, since.seq)
@@ -10100,6 +10101,7 @@ def _resume(connection: sqlite3.Connection, log: logging.Logger) -> Resumption:
         past = _past(connection, reserved)
         connection.execute(*set_meta("reserved_seq", str(reserved + SEQ_BLOCK)))
         connection.execute(*set_meta("begun_at", str(reserved)))
+        connection.execute(*set_meta("lost", json.dumps([[gap.start, gap.stop] for gap in past.lost])))
     rows: list[TableRow] = []
     for table, kind in TABLES.items():
         rows += (kind(*values) for values in connection.execute(f"SELECT {', '.join(kind._fields)} FROM {table}"))  # noqa: S608
@@ -10140,9 +10142,12 @@ def _past(connection: sqlite3.Connection, seq: int) -> Past:
     after, limit = held_after(connection), HISTORY_LOADED
     rows = connection.execute(f"{CHANGES_SQL} WHERE seq > ? ORDER BY seq DESC LIMIT ?", (after, limit))
     changes = [change_from(*row) for row in rows][::-1]
+    known = max(int(meta_of(connection, "begun_at") or 0), changes[-1].seq if changes else 0)
+    gaps = [range(*gap) for gap in json.loads(meta_of(connection, "lost") or "[]")]
+    lost = [gap for gap in (*gaps, range(known + 1, seq)) if gap.stop > after]
+    merged = [range(lost[0].start, lost[-LOST_GAPS].stop), *lost[1 - LOST_GAPS :]] if len(lost) > LOST_GAPS else lost
     after = changes[0].seq - 1 if len(changes) == limit else after
-    upto = max(int(meta_of(connection, "begun_at") or 0), changes[-1].seq if changes else 0)
-    return Past(Cursor(meta_of(connection, "stream"), seq), changes, after, upto)
+    return Past(Cursor(meta_of(connection, "stream"), seq), changes, after, merged)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -110,7 +110,9 @@ class World:
         self.rows: list[Row] = []
         self.cache: list[Change] = []
         self.pruned = 0
-        self.bus = Bus(Past(Cursor("s", first), (), upto, upto), lambda _wanted: self.rows, self.held)
+        self.bus = Bus(
+            Past(Cursor("s", first), (), upto, [range(upto + 1, first)]), lambda _wanted: self.rows, self.held
+        )
 
     def held(self, seq: int) -> Held:
         return Held([change for change in self.cache if change.seq > seq][:3], seq >= self.pruned)

@@ -16,6 +16,7 @@ import fabrik_daemon
 from fabrik_daemon import (
     BATCH_OPERATIONS,
     JOBS,
+    LOST_GAPS,
     MIGRATIONS,
     PODS,
     SEQ_BLOCK,
@@ -424,6 +425,16 @@ def test_numbers_are_reserved_before_any_is_given_out(connection: sqlite3.Connec
     assert read(path, "SELECT value FROM meta WHERE key = 'reserved_seq'") == [(str(2 * SEQ_BLOCK),)]
     assert read(path, "SELECT value FROM meta WHERE key = 'stream'") == stream
     assert len(str(stream[0][0])) == 36
+
+
+def test_what_a_crash_took_along_stays_lost_for_every_later_start(connection: sqlite3.Connection, path: str) -> None:
+    starts = [resume_from(path, connection, LOG).past for _ in range(150)]  # none of them wrote a change
+    told = [past.cursor.seq + 5 for past in starts]
+    for count in (2, 3, 150):
+        lost = starts[count - 1].lost
+        assert all(any(seq in gap for gap in lost) for seq in told[: count - 1])
+        assert not any(starts[count - 2].cursor.seq in gap for gap in lost), "what was told as the beginning holds"
+    assert len(starts[-1].lost) == LOST_GAPS
 
 
 def test_facts_that_cannot_be_read_are_left_out_and_told(

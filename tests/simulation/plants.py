@@ -143,7 +143,7 @@ def forgotten_crash() -> Replaced:
     real = fabrik_daemon.Bus.__init__
 
     def begin(bus: Any, past: Any, rows: Any, held: Any) -> None:
-        real(bus, past._replace(upto=past.cursor.seq), rows, held)
+        real(bus, past._replace(lost=()), rows, held)
 
     return [(fabrik_daemon.Bus, "__init__", begin)]
 
