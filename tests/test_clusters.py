@@ -277,7 +277,7 @@ def test_two_names_for_one_cluster_are_one_and_that_of_clusters_yaml_wins(
     wait_until(lambda: len(server.watches) == 5, PATIENCE_S, "followed once")
     assert daemon.cluster("zz-mine")["connected"]
     assert set(daemon.run_rows("zz-mine")) == {run_id(1)}
-    assert daemon.run_rows("fabrik-a") == {}
+    wait_until(lambda: daemon.run_rows("fabrik-a") == {}, PATIENCE_S, "what the other name told before it was known")
     write_clusters(daemon.folder / "clusters.yaml", [])
     daemon.wait_connected("fabrik-a")
 

@@ -85,7 +85,7 @@ def test_start_returns_with_what_it_watches(model: ModelServer, make_host: MakeH
     assert not host.crash_file.exists()
 
 
-@pytest.mark.parametrize("command", ["status", "stop", "reload", "logs", "runs watch"])
+@pytest.mark.parametrize("command", ["status", "stop", "reload", "logs", "runs watch --no-start"])
 def test_without_a_daemon_the_exit_code_is_4(command: str, model: ModelServer, make_host: MakeHost) -> None:
     done = make_host(Cluster(model)).cli(*command.split())
     assert done.returncode == 4
