@@ -120,7 +120,7 @@ def daemon_s(work: Work, python: str = sys.executable) -> tuple[float, float, fl
 
 
 def kubectl_s(work: Work) -> float:
-    """Return the processor time of `kubectl get --watch` over the same changes; not a number where it takes too long."""
+    """Return the processor time of `kubectl get --watch` over the same changes, NaN where it takes too long."""
     with tempfile.TemporaryDirectory(prefix="fabrik-bench-") as name, PodServer(work, Path(name)) as server:
         command = ["kubectl", "--kubeconfig", str(server.path), "get", "pods", "-n", "fabrik-runs"]
         command += ["--watch-only", "--output-watch-events", "-o", "json"]
