@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import platform
 import statistics
@@ -28,6 +27,8 @@ from typing import TYPE_CHECKING, Any, Final
 ROOT: Final = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from bench.measuring import cpu_s  # noqa: E402
+from bench.stream_latency import percentile  # noqa: E402
 from commands import build_cache, run_row  # noqa: E402 - found through the path above
 from fabrik_objects import Report, job, pod  # noqa: E402
 from fakes import Authority, ModelServer  # noqa: E402
@@ -43,7 +44,6 @@ FIRST_SCREEN_S: Final = 0.400
 CHANGE_S: Final = 0.100
 IDLE_SHARE: Final = 0.01
 TURN_S: Final = 0.2  # between two changes
-TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 
 
 def dashboard(environment: Mapping[str, str], *words: str) -> Terminal:
@@ -100,12 +100,6 @@ def measure_idle(terminal: Terminal, seconds: float) -> float:
     return (cpu_s(terminal.pid) - before) / (time.monotonic() - began)
 
 
-def cpu_s(pid: int) -> float:
-    """Return the processor time that a process has taken."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
-
-
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return all figures."""
     with contextlib.ExitStack() as stack:
@@ -129,11 +123,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         leave(terminal)
         host.stop()
     return figures(starts, changes, idle, arguments.runs)
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """Return the smallest value that is not below this share of them."""
-    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
 def figures(starts: Sequence[tuple[float, float]], changes: Sequence[float], idle: float, runs: int) -> dict[str, Any]:

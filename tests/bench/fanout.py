@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, Final
 ROOT: Final = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests")]
 
+from bench.measuring import cpu_s  # noqa: E402
 from bench.stream_latency import GOAL_S, change_all, note_what_is_sent, percentile  # noqa: E402
 from fabrik_objects import Report, job, pod  # noqa: E402 - found through the path above
 from fakes import Authority, ModelServer  # noqa: E402
@@ -104,12 +105,6 @@ def read_until(last: int, socks: list[socket.socket], times: list[array.array[fl
 
 
 # ---------------------------------------------------------------- the daemon
-
-
-def cpu_s(pid: int) -> float:
-    """Return how much CPU time a process has taken."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def resident_mib(pid: int) -> float:
