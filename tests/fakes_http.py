@@ -46,7 +46,7 @@ class Request(NamedTuple):
     @property
     def is_watch(self) -> bool:
         """Tell whether it asks for a stream."""
-        return self.query.get("watch") in {"1", "true"}
+        return self.query.get("watch", "0").lower() not in {"0", "false"}  # as the API server reads a bool
 
     @property
     def is_list(self) -> bool:

@@ -69,6 +69,7 @@ from lightkube import Client, KubeConfig
 from lightkube.resources.core_v1 import Pod
 client = Client(KubeConfig.from_file(kubeconfig).get())
 pods = client.list(Pod, namespace="fabrik-runs")
+list(pods)
 ready()
 for kind, pod in client.watch(Pod, namespace="fabrik-runs", resource_version=pods.resourceVersion):
     ended(pod.metadata.annotations["fabrik.dev/task"])
@@ -132,7 +133,7 @@ def kubectl_s(work: Work) -> float:
             patience.start()
             server.go()
             for line in process.stdout:
-                if b'"fabrik.dev/task": "last"' in line:
+                if b'"fabrik.dev/task":"last"' in line:
                     break
                 if not patience.is_alive():
                     return float("nan")
