@@ -678,6 +678,9 @@ class Run(NamedTuple):
     deleted_at: str | None = None
 
 
+SCHEDULE_STATES: Final = ("waiting", "active", "suspended")
+
+
 class Schedule(NamedTuple):
     """A row of `schedules`: one CronJob."""
 
@@ -694,6 +697,11 @@ class Schedule(NamedTuple):
     last_success_at: str | None = None
     next_run_at: str | None = None
     missed: int = 0
+
+    @property
+    def state(self) -> str:
+        """What becomes of it now: one of SCHEDULE_STATES."""
+        return "suspended" if self.suspended else "active" if self.active else "waiting"
 
 
 class Volume(NamedTuple):
@@ -727,6 +735,10 @@ class ClusterEvent(NamedTuple):
     last_at: str | None = None
 
 
+DISABLED: Final = "disabled"  # by clusters.yaml
+CLUSTER_STATUSES: Final = ("connected", "disconnected", DISABLED)
+
+
 class ClusterRow(NamedTuple):
     """A row of `clusters`."""
 
@@ -742,6 +754,11 @@ class ClusterRow(NamedTuple):
     def cluster(self) -> str:
         """The cluster's name, as other rows have it."""
         return self.name
+
+    @property
+    def status(self) -> str:
+        """Whether it is followed, as people read it: one of CLUSTER_STATUSES."""
+        return DISABLED if self.error == DISABLED else "connected" if self.connected else "disconnected"
 
 
 TableRow = Union[Run, Schedule, Volume, ClusterEvent]
@@ -2714,7 +2731,7 @@ EVENT_TYPES: Final[dict[type[Row], tuple[str, ...]]] = {
 _RUN_COLUMNS: Final = ("status", "phase", "spec_id", "project", "template", "run_id", "namespace")
 LIST_FILTERS: Final[dict[type[Row], tuple[str, ...]]] = {
     Run: (*_RUN_COLUMNS, "schedule_id", "reason"),
-    Schedule: ("namespace", "name", "schedule_id"),
+    Schedule: ("namespace", "name", "schedule_id", "state"),
     Volume: ("namespace", "name", "run_id", "phase", "storage_class"),
     ClusterEvent: ("namespace", "run_id", "reason", "object_kind", "object_name"),
 }
@@ -2749,6 +2766,9 @@ class Filter(NamedTuple):
         for column, values in (("cluster", self.clusters), *self.columns):
             if not values and column == "cluster":
                 continue
+            if kind is Schedule and column == "state":
+                kept = list(filter(self.matches, kept))
+                continue
             if column not in kind._fields:
                 return []
             at, known = (
@@ -2779,6 +2799,7 @@ def parse_filter(request: JsonObject, keys: Sequence[str]) -> Filter:
             raise UsageError(f"no filter {clip(key)!r} here", nearest(key[:64], keys))
         columns[key] = frozenset(_words(value, f"filter.{key}"))
     _check_words("status", columns.get("status", ()), (*STATUSES, UNKNOWN))
+    _check_words("state", columns.get("state", ()), SCHEDULE_STATES)
     types = _event_types(columns.pop("type", frozenset()))
     asked = tuple((column, values) for column, values in sorted(columns.items()) if values)
     return Filter(frozenset() if "*" in clusters else frozenset(clusters), asked, types)
@@ -2827,15 +2848,16 @@ class ListOrder(NamedTuple):
     falling: bool
 
 
-LIST_ORDERS: Final[dict[type[TableRow], ListOrder]] = {
+LIST_ORDERS: Final[dict[type[Row], ListOrder]] = {
     Run: ListOrder("created_at", "created_at", falling=True),
     Schedule: ListOrder("last_run_at", "cluster", falling=False),
     Volume: ListOrder("created_at", "cluster", falling=False),
     ClusterEvent: ListOrder("last_at", "last_at", falling=True),
+    ClusterRow: ListOrder("last_event_at", "priority", falling=False),
 }
 
 
-def parse_selection(request: JsonObject, kind: type[TableRow]) -> Selection:
+def parse_selection(request: JsonObject, kind: type[Row]) -> Selection:
     """Return what a request for a list says with `limit`, `since`, `sortBy` and `reverse`. Raises UsageError."""
     limit, since, sort_by = request.get("limit", 0), request.get("since", ""), request.get("sortBy", "")
     if parse_int(limit) is None or isinstance(limit, str):
@@ -2847,12 +2869,12 @@ def parse_selection(request: JsonObject, kind: type[TableRow]) -> Selection:
     return Selection(sort_by, request.get("reverse") is True, limit, time_text(since) or "")
 
 
-def key_columns(kind: type[TableRow]) -> tuple[str, ...]:
+def key_columns(kind: type[Row]) -> tuple[str, ...]:
     """Return the columns that name a row; they stand first in it."""
-    return kind._fields[: 1 if kind is Run else 3]
+    return kind._fields[: 1 if kind in (Run, ClusterRow) else 3]
 
 
-def select_rows(rows: Iterable[TableRow], kind: type[TableRow], selection: Selection) -> list[TableRow]:
+def select_rows(rows: Iterable[Any], kind: type[Row], selection: Selection) -> list[Any]:
     """Return the rows of a list; those without a value in the column that it is sorted by come last."""
     order = LIST_ORDERS[kind]
     at = kind._fields.index(order.time)
@@ -3959,7 +3981,7 @@ def run_from_json(*texts: str) -> Run:
     return run
 
 
-def row_from_object(kind: type[TableRow], said: JsonObject) -> Any:
+def row_from_object(kind: type[Row], said: JsonObject) -> Any:
     """Return the row, one of `kind`, that another process told; columns that are not known here are left out."""
     known = {name: said[name] for name in kind._fields if name in said}
     return kind(**{**dict.fromkeys(kind._fields[:3], ""), **known})
@@ -4672,6 +4694,9 @@ def candidates_statement(wanted: str) -> Statement:
     return f"SELECT {columns} FROM runs WHERE {where} ORDER BY created_at DESC, run_id DESC LIMIT 1", values  # noqa: S608
 
 
+_STATE_SQL: Final = "CASE WHEN suspended THEN 'suspended' WHEN active THEN 'active' ELSE 'waiting' END"
+
+
 def list_statement(kind: type[TableRow], wanted: Filter, selection: Selection) -> Statement:
     """Return the statement that reads a list, in the order that select_rows gives."""
     order, values, conditions = LIST_ORDERS[kind], list[Any](), list[str]()
@@ -4681,7 +4706,8 @@ def list_statement(kind: type[TableRow], wanted: Filter, selection: Selection) -
             marks = f"IN ({', '.join('?' * len(words))})"
             or_unknown = " OR status IS NULL" if column == "status" and UNKNOWN in words else ""
             or_label = f" OR id {marks}" if column == "run_id" and kind is Run else ""
-            conditions.append(f"({column} {marks}{or_unknown}{or_label})")
+            value = _STATE_SQL if column == "state" else column
+            conditions.append(f"({value} {marks}{or_unknown}{or_label})")
             values += sorted(words) * (2 if or_label else 1)
     if selection.since:
         conditions.append(f"{order.time} >= ?")
@@ -8367,15 +8393,12 @@ WARNING_LIST_COLUMNS: Final = (
     Column("RUN", field("run_id"), wide=True),
     WARNING_COLUMNS[4],
 )
+_CLUSTER_COLOURS: Final = {"connected": "32", "disconnected": "31", DISABLED: "2"}
 CLUSTER_COLUMNS: Final = (
     Column("NAME", field("name")),
     Column("SERVER", field("server"), least=12, rank=2),
     Column("PRIORITY", field("priority"), right=True, rank=3),
-    Column(
-        "CONNECTED",
-        lambda row, now: "yes" if row.get("connected") else "no",
-        paint=lambda row: "32" if row.get("connected") else "31",
-    ),
+    Column("STATUS", field("status"), paint=lambda row: _CLUSTER_COLOURS.get(row["status"], "")),
     Column("LAST EVENT", age_field("last_event_at"), rank=1),
     Column("ERROR", field("error"), least=20),
 )
@@ -19225,7 +19248,7 @@ class ListOf(NamedTuple):
     """A list: what it is called, what its rows are, and how they are shown."""
 
     name: str  # as the daemon's action, and as the rows in its answer
-    kind: type[TableRow]
+    kind: type[Any]  # a TableRow or ClusterRow
     columns: Sequence[Column]
 
 
@@ -19233,6 +19256,8 @@ RUNS: Final = ListOf("runs", Run, RUN_COLUMNS)
 SCHEDULES: Final = ListOf("schedules", Schedule, SCHEDULE_COLUMNS)
 VOLUME_LIST: Final = ListOf("volumes", Volume, VOLUME_LIST_COLUMNS)
 WARNINGS: Final = ListOf("warnings", ClusterEvent, WARNING_LIST_COLUMNS)
+CLUSTERS: Final = ListOf("clusters", ClusterRow, CLUSTER_COLUMNS)
+CLUSTER_FIELDS: Final = ("name", "server", "priority", "status", "connected", "error", "last_event_at")
 
 
 def runs_list(context: Context, arguments: argparse.Namespace) -> int:
@@ -19258,22 +19283,20 @@ def warnings_list(context: Context, arguments: argparse.Namespace) -> int:
 
 
 def clusters_list(context: Context, arguments: argparse.Namespace) -> int:
-    """List the clusters: those configured or discovered, and what is known of them."""
-    reply = ask(context, "clusters")
-    known = reply["clusters"] if reply is not None else _clusters_in_cache(context.settings.cache)
-    rows: dict[str, JsonObject] = {row["name"]: row for row in known}
-    empty = {"server": None, "connected": False, "error": None, "last_event_at": None}
-    here = context.settings.remote is None
-    for spec in configured_clusters(context.settings, context.environment) if here else []:
-        row = {**empty, **rows.get(spec.name, {}), "name": spec.name, "priority": spec.priority}
-        rows[spec.name] = {**row, "error": "disabled" if not spec.enabled else row["error"]}
-    first = arguments.sort_by or "priority"
-    answer = sorted(rows.values(), key=lambda row: (row[first] is None, row[first], row["priority"], row["name"]))
-    answer = (answer[::-1] if arguments.reverse else answer)[: arguments.limit]
-    names = ("name", "server", "priority", "connected", "error", "last_event_at")
-    print_rows(
-        context, arguments.output, CLUSTER_COLUMNS, [{name: row[name] for name in names} for row in answer], names
-    )
+    """List the clusters by priority: those configured or discovered, and what is known of them."""
+    asked = (("status", frozenset(arguments.status)),) if arguments.status else ()
+    wanted = Filter(frozenset(arguments.cluster), asked)
+    arguments.sort_by = "connected" if arguments.sort_by == "status" else arguments.sort_by
+    request = list_request(arguments, ClusterRow, time.time())
+    if arguments.watch:
+        return _watch(context, arguments, CLUSTERS, wanted, request)
+    rows = find_clusters(context)
+    names = [row.name for row in rows]
+    for name in arguments.cluster:
+        if name not in names:
+            raise NotFoundError(f"no cluster {name!r} is known", nearest(name, names) if names else "none is")
+    found = select_rows(filter(wanted.matches, rows), ClusterRow, parse_selection(request, ClusterRow))
+    print_rows(context, arguments.output, CLUSTER_COLUMNS, list(map(_shown_row, found)), CLUSTER_FIELDS)
     return 0
 
 
@@ -19282,7 +19305,7 @@ def _list(context: Context, arguments: argparse.Namespace, listing: ListOf, *, u
     if arguments.watch and arguments.fresh:
         raise UsageError("--watch and --fresh exclude each other", "what is watched is live")
     if arguments.watch:
-        return _watch(context, arguments, listing, request)
+        return _watch(context, arguments, listing, parse_filter(request, LIST_FILTERS[listing.kind]), request)
     found = find_fresh(context, listing, request) if arguments.fresh else find_rows(context, listing, request)
     tell_source(context, found.source, found.parts, arguments.max_age)
     if usage and not add_usage(context, found.rows):
@@ -19294,42 +19317,107 @@ def _list(context: Context, arguments: argparse.Namespace, listing: ListOf, *, u
     return found.exit_code
 
 
-def _watch(context: Context, arguments: argparse.Namespace, listing: ListOf, request: JsonObject) -> int:
-    """Show a list, then each of its rows that changes."""
-    table = next(name for name, kind in TABLES.items() if kind is listing.kind)
-    wanted, selection = parse_filter(request, LIST_FILTERS[listing.kind]), parse_selection(request, listing.kind)
+def _watch(
+    context: Context, arguments: argparse.Namespace, listing: ListOf, wanted: Filter, request: JsonObject
+) -> int:
+    """Show a list, then each of its rows that changes, once more when it leaves; say which clusters come and go."""
     types = EVENT_TYPES[listing.kind]
     client = connect_or_start(context, may_start=not arguments.no_start)
     client.wait_forever()
-    begun: list[TableRow] = []
-    shown: list[JsonObject] = []
-    fields = {"clusters": arguments.cluster or ["*"], "filter": {"type": list(types)}, "snapshot": True}
-    for message in client.follow("subscribe", **fields):
+    if listing is not CLUSTERS:
+        _tell_what_is_away(context, listing, arguments)
+    shown = _LiveList(context, arguments.output, listing, wanted, parse_selection(request, listing.kind))
+    asked = {"type": [*types, *(_COMINGS if listing is not CLUSTERS else ())]}
+    for message in client.follow("subscribe", clusters=arguments.cluster or ["*"], filter=asked, snapshot=True):
         if message["type"] == "snapshot":
-            begun += (row_from_object(listing.kind, row) for row in message.get(table, ()))
-            if message["last"]:
-                rows = select_rows(filter(wanted.matches, begun), listing.kind, selection)
-                begun, shown = [], [row._asdict() for row in rows]
-                print_rows(context, arguments.output, listing.columns, shown, listing.kind._fields)
+            shown.begin(message)
         elif message["type"] in types:
-            row = row_from_object(listing.kind, message["row"])
-            if wanted.matches(row):
-                _print_change(context, arguments.output, listing, shown, row._asdict())
+            shown.change(row_from_object(listing.kind, message["row"]))
         elif message["type"] == "lagged":
             context.warn("some changes were missed; the list begins anew")
+        elif message["type"] in _COMINGS:
+            error = f" ({message['error']})" if message.get("error") else ""
+            context.warn(f"{message['cluster']}: {message['type'].partition(':')[2]}{error}")
         context.out.flush()
     return 0
 
 
-def _print_change(context: Context, output: str, listing: ListOf, shown: Sequence[JsonObject], row: JsonObject) -> None:
-    """Write one row that changed, under the columns of the list before it."""
-    if output in ("table", "wide"):
-        rows = [*shown[:WATCH_ALIGNED_ROWS], row]
-        text = format_table(listing.columns, rows, time.time(), context.width, context.style)
-        context.out.write(text.splitlines()[-1] + "\n")
+class _LiveList:
+    """A list that goes on: which rows it has, and what is written when one of them changes."""
+
+    def __init__(self, context: Context, output: str, listing: ListOf, wanted: Filter, selection: Selection) -> None:
+        self._context = context
+        self._output = output
+        self._listing = listing
+        self._wanted = wanted
+        self._selection = selection
+        self._table = next((name for name, kind in TABLES.items() if kind is listing.kind), listing.name)
+        self._key_size = len(key_columns(listing.kind))
+        self._begun: list[Any] = []  # of a snapshot that is not whole yet
+        self._rows: dict[Values, Any] = {}  # all that match, by their keys
+        self._shown: list[JsonObject] = []
+
+    def begin(self, message: JsonObject) -> None:
+        """Take in a snapshot; write the list once it is whole."""
+        kind = self._listing.kind
+        self._begun += (row_from_object(kind, row) for row in message.get(self._table, ()))
+        if not message["last"]:
+            return
+        known = find_clusters(self._context) if self._listing is CLUSTERS else self._begun
+        self._rows = {row[: self._key_size]: row for row in known if self._wanted.matches(row)}
+        self._begun = []
+        self._shown = list(map(_shown_row, select_rows(self._rows.values(), kind, self._selection)))
+        print_rows(self._context, self._output, self._listing.columns, self._shown, _fields_of(self._listing))
+
+    def change(self, row: Any) -> None:
+        """Write a row that has changed and is asked for, or was until now."""
+        key, is_asked_for = row[: self._key_size], self._wanted.matches(row)
+        before = self._rows.pop(key, None)
+        if isinstance(row, ClusterRow) and before is not None:
+            row = row._replace(last_event_at=before.last_event_at)  # an event does not tell of it
+        if is_asked_for:
+            self._rows[key] = row
+        if (is_asked_for or before is not None) and (self._listing is not CLUSTERS or row != before):
+            self._write(_shown_row(row))
+
+    def _write(self, row: JsonObject) -> None:
+        """Write one row, under the columns of the list before it."""
+        context = self._context
+        if self._output in ("table", "wide"):
+            rows = [*self._shown[:WATCH_ALIGNED_ROWS], row]
+            text = format_table(self._listing.columns, rows, time.time(), context.width, context.style)
+            context.out.write(text.splitlines()[-1] + "\n")
+        else:
+            is_yaml = "---\n" if self._output == "yaml" else ""
+            context.out.write(is_yaml + format_answer(row, self._output, titles=False))
+
+
+_COMINGS: Final = ("cluster:connected", "cluster:disconnected", "cluster:stale")
+
+
+def _tell_what_is_away(context: Context, listing: ListOf, arguments: argparse.Namespace) -> None:
+    """Say how old a list is that is about to begin. Raises NotFoundError or StaleError as one that ends does."""
+    try:
+        found = find_rows(context, listing, {"clusters": arguments.cluster, "limit": 1})
+    except (RemoteError, NotSyncedError) as error:
+        if error.code != NotSyncedError.code:
+            raise
+        context.warn(f"{error.message}; what comes is shown")
     else:
-        is_yaml = "---\n" if output == "yaml" else ""
-        context.out.write(is_yaml + format_answer(row, output, titles=False))
+        tell_source(context, found.source, found.parts, arguments.max_age)
+
+
+def _fields_of(listing: ListOf) -> Sequence[str]:
+    return CLUSTER_FIELDS if listing is CLUSTERS else tuple(listing.kind._fields)
+
+
+def _shown_row(row: Any) -> JsonObject:
+    """Return a row as its list shows it."""
+    shown: JsonObject = row._asdict()
+    if isinstance(row, ClusterRow):
+        said = {**shown, "status": row.status, "connected": bool(row.connected)}
+        return {name: said[name] for name in CLUSTER_FIELDS}
+    return shown
 
 
 def add_usage(context: Context, volumes: Sequence[JsonObject]) -> bool:
@@ -19391,10 +19479,10 @@ def _list_past(context: Context, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def list_request(arguments: argparse.Namespace, kind: type[TableRow], now: float) -> JsonObject:
+def list_request(arguments: argparse.Namespace, kind: type[Row], now: float) -> JsonObject:
     """Return the request that asks for what a command's arguments ask for. Raises UsageError."""
     request: JsonObject = {"clusters": arguments.cluster}
-    wanted = {key: getattr(arguments, key) for key in LIST_FILTERS[kind] if getattr(arguments, key, None)}
+    wanted = {key: getattr(arguments, key) for key in LIST_FILTERS.get(kind, ()) if getattr(arguments, key, None)}
     if wanted:
         request["filter"] = wanted
     if arguments.since:
@@ -19456,11 +19544,25 @@ def ask_fresh(context: Context, names: Sequence[str]) -> Fresh:
     return fresh
 
 
-def _clusters_in_cache(cache: str) -> list[JsonObject]:
-    if not os.path.exists(cache):
+def find_clusters(context: Context) -> list[ClusterRow]:
+    """Return what the daemon, or else the cache, knows of clusters, and those that are configured on this host."""
+    reply = ask(context, "clusters")
+    known = reply["clusters"] if reply is not None else _clusters_in_cache(context)
+    rows: dict[str, ClusterRow] = {said["name"]: row_from_object(ClusterRow, said) for said in known}
+    here = context.settings.remote is None
+    for spec in configured_clusters(context.settings, context.environment) if here else []:
+        row = rows.get(spec.name, ClusterRow(spec.name))._replace(priority=spec.priority)
+        rows[spec.name] = row if spec.enabled else row._replace(error=DISABLED)
+    return list(rows.values())
+
+
+def _clusters_in_cache(context: Context) -> list[JsonObject]:
+    if not os.path.exists(context.settings.cache):
         return []
-    reader = CacheReader(cache)
-    connected = {part.cluster: part.connected for part in reader.freshness()}
+    reader = CacheReader(context.settings.cache)
+    parts = reader.freshness()
+    tell_source(context, "the cache", parts)
+    connected = {part.cluster: part.connected for part in parts}
     rows = reader.rows("SELECT name, server, priority, error, last_event_at FROM clusters")
     return [{**row, "connected": connected[row["name"]]} for row in rows]
 
@@ -20544,19 +20646,25 @@ def _start_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-start", action="store_true", help="start no daemon where none runs")
 
 
-def _list_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what every list of rows takes."""
+def _watch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-w", "--watch", action="store_true", help="then go on with each row that changes")
     _start_argument(parser)
-    parser.add_argument(
-        "--since", metavar="TIME", help="only what is not older: 24h, 7d, 2026-02-16, 2026-02-16T20:00Z"
-    )
-    parser.add_argument("--sort-by", metavar="COLUMN", help="rising by a column, as -o json names them")
-    parser.add_argument("--reverse", action="store_true", help="the other way round")
-    parser.add_argument("--limit", type=count_argument, metavar="N", help="at most the first N rows")
+
+
+def _list_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every list of rows takes."""
+    _watch_arguments(parser)
+    _order_arguments(parser, "only what is not older: 24h, 7d, 2026-02-16, 2026-02-16T20:00Z")
     _fresh_argument(parser)
     _freshness_arguments(parser)
     output_argument(parser)
+
+
+def _order_arguments(parser: argparse.ArgumentParser, since: str) -> None:
+    parser.add_argument("--since", metavar="TIME", help=since)
+    parser.add_argument("--sort-by", metavar="COLUMN", help="rising by a column, as -o json names them")
+    parser.add_argument("--reverse", action="store_true", help="the other way round")
+    parser.add_argument("--limit", type=count_argument, metavar="N", help="at most the first N rows")
 
 
 def _runs_list_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20588,6 +20696,14 @@ def _runs_wait_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _schedules_list_arguments(parser: argparse.ArgumentParser) -> None:
     _cluster_argument(parser)
+    parser.add_argument(
+        "--status",
+        action="append",
+        default=[],
+        choices=SCHEDULE_STATES,
+        dest="state",
+        help="only this state (repeatable)",
+    )
     _column_argument(parser, "--namespace", "namespace", "only this namespace's")
     _list_arguments(parser)
 
@@ -20596,7 +20712,15 @@ def _volumes_list_arguments(parser: argparse.ArgumentParser) -> None:
     _cluster_argument(parser)
     _column_argument(parser, "--namespace", "namespace", "only this namespace's")
     _column_argument(parser, "--run", "run_id", "only this run's")
-    _column_argument(parser, "--phase", "phase", "only this phase: Pending, Bound, Lost")
+    parser.add_argument(
+        "--phase",
+        "--status",
+        action="append",
+        default=[],
+        dest="phase",
+        metavar="PHASE",
+        help="only this phase: Pending, Bound, Lost (repeatable)",
+    )
     parser.add_argument("--usage", action="store_true", help="with the bytes in use, from Prometheus")
     _list_arguments(parser)
 
@@ -20610,10 +20734,12 @@ def _warnings_list_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _clusters_list_arguments(parser: argparse.ArgumentParser) -> None:
-    columns = ("name", "server", "priority", "connected", "error", "last_event_at")
-    parser.add_argument("--sort-by", choices=columns, help="rising by a column (default: priority)")
-    parser.add_argument("--reverse", action="store_true", help="the other way round")
-    parser.add_argument("--limit", type=count_argument, metavar="N", help="at most the first N rows")
+    parser.add_argument("--cluster", action="append", default=[], metavar="NAME", help="only this one (repeatable)")
+    parser.add_argument(
+        "--status", action="append", default=[], choices=CLUSTER_STATUSES, help="only this status (repeatable)"
+    )
+    _watch_arguments(parser)
+    _order_arguments(parser, "only those that told something since then: 24h, 7d, 2026-02-16")
     output_argument(parser)
 
 
@@ -20771,7 +20897,7 @@ READING: Final = (
     Command(
         "clusters list",
         "list the clusters",
-        ("clusters list", "clusters list -o json"),
+        ("clusters list", "clusters list --status disconnected -o json", "clusters list --watch"),
         _clusters_list_arguments,
         clusters_list,
     ),
@@ -21095,10 +21221,13 @@ def make_parser(command: Command) -> argparse.ArgumentParser:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            flag = re.fullmatch(r"unrecognized arguments: (--[a-z-]+).*", message)
+            flag = re.fullmatch(r"unrecognized arguments: (--[a-z-]+).*", message, re.DOTALL)
             hint = f"see 'fabrik-daemon {command.words} --help'"
             if flag:
+                elsewhere = _commands_with(flag[1])
+                message = f"'{command.words}' has no {flag[1]}"
                 hint = nearest(flag[1], re.findall(r"--[a-z-]+", self.format_usage()))
+                hint = f"it is for {', '.join(elsewhere)}" if elsewhere else hint
             choice = re.fullmatch(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message, re.DOTALL)
             if choice:
                 message, hint = f"{choice[1]}: no {choice[2]!r}", nearest(choice[2], re.findall(r"[\w-]+", choice[3]))
@@ -21123,6 +21252,15 @@ def make_parser(command: Command) -> argparse.ArgumentParser:
     for flag, (metavar, what) in GLOBAL_FLAGS.items():
         parser.add_argument(flag, metavar=metavar, help=what)
     return parser
+
+
+def _commands_with(flag: str) -> list[str]:
+    """Return the commands that take a flag."""
+    return [
+        command.words
+        for command in COMMANDS
+        if re.search(rf"{re.escape(flag)}(?![\w-])", make_parser(command).format_usage())
+    ]
 
 
 def help_of(words: Sequence[str]) -> str:
@@ -21242,10 +21380,11 @@ def _values_of(action: argparse.Action, command: Command, cache: str) -> list[_W
     return []
 
 
-_COMPLETED_LISTS: Final[dict[str, type[TableRow]]] = {
+_COMPLETED_LISTS: Final[dict[str, type[Row]]] = {
     "schedules": Schedule,
     "volumes": Volume,
     "warnings": ClusterEvent,
+    "clusters": ClusterRow,
 }
 _NEWEST_RUNS: Final = "FROM runs ORDER BY created_at DESC, run_id DESC"
 
@@ -21269,7 +21408,9 @@ _REMOTE_COMMANDS: Final = frozenset(
     )
 )
 _HELPERS: Final = {"_credentials": credentials_helper, "_query": query_helper}
-_LONG_COMMANDS: Final = frozenset(("start", "demo", "sync", "logs", "runs watch", "runs logs", "dashboard", "wait"))
+_LONG_COMMANDS: Final = frozenset(
+    ("start", "demo", "sync", "logs", "runs watch", "runs logs", "dashboard", "runs wait")
+)
 
 
 def style_from(arguments: argparse.Namespace, environment: Mapping[str, str], *, is_terminal: bool) -> Style:

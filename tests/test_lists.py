@@ -81,7 +81,9 @@ RUNS: Final = rows_of(
     progress_finished=st.none() | st.integers(0, 3),
 )
 OTHERS: Final = st.one_of(
-    rows_of(Schedule, last_run_at=TIMES, missed=st.integers(0, 3)),
+    rows_of(
+        Schedule, last_run_at=TIMES, missed=st.integers(0, 3), suspended=st.integers(0, 1), active=st.integers(0, 1)
+    ),
     rows_of(Volume, created_at=TIMES, capacity_bytes=st.none() | st.integers(0, 3), run_id=WORDS),
     rows_of(ClusterEvent, last_at=TIMES, count=st.integers(1, 3), reason=WORDS),
 )
@@ -102,7 +104,7 @@ def test_sql_and_memory_give_the_same_list(database: sqlite3.Connection, data: s
     kind = type(rows[0]) if rows else Run
     asked: dict[str, frozenset[str]] = {}
     for column in LIST_FILTERS[kind]:
-        values = sorted({str(row[kind._fields.index(column)]) for row in rows} | {UNKNOWN})
+        values = sorted({str(getattr(row, column)) for row in rows} | {UNKNOWN})
         if data.draw(st.integers(0, 3), label=column) == 0:
             asked[column] = frozenset(data.draw(st.lists(st.sampled_from(values), min_size=1, max_size=2)))
     wanted = Filter(frozenset(data.draw(st.lists(CLUSTERS, max_size=1))), tuple(asked.items()))

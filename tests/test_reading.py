@@ -17,6 +17,7 @@ import fabrik_objects
 import pytest
 import yaml
 from clients import LinesClient
+from commands import Done, refused
 from fabrik_objects import Report, run_id
 from fakes import Access, Authority, ModelServer
 from harness import Cluster, wait_until
@@ -55,6 +56,11 @@ def server_with_runs(authority: Authority, serve: Serve, numbers: range) -> Mode
     server.put("events", fabrik_objects.event(about, reason="FailedMount", message="no such volume"))
     serve(server)
     return server
+
+
+def done_of(done: subprocess.CompletedProcess[str]) -> Done:
+    """Return what a command left behind, as `refused` takes it."""
+    return Done(done.returncode, done.stdout, done.stderr, 0, 0)
 
 
 class World:
@@ -107,6 +113,9 @@ LISTS: Final = (
     ("runs", "list", "--since", "0s"),
     ("schedules", "list"),
     ("schedules", "list", "--cluster", "dev", "--sort-by", "schedule"),
+    ("schedules", "list", "--status", "waiting", "--status", "active"),
+    ("schedules", "list", "--status", "suspended"),
+    ("volumes", "list", "--status", "Bound", "--limit", "3"),
     ("volumes", "list", "--reverse"),
     ("volumes", "list", "--phase", "Bound", "--sort-by", "capacity_bytes", "--limit", "4"),
     ("volumes", "list", "--run", run_id(101)),
@@ -336,6 +345,89 @@ def test_waiting_outlasts_the_daemon(world: World) -> None:
         output, errors = waiting.communicate(timeout=PATIENCE_S)
     assert (waiting.returncode, output.decode()) == (0, f"{run_id(5)} failed (DeadlineExceeded)\n")
     assert b"waiting for it" in errors
+
+
+def test_a_list_of_clusters_is_filtered_and_ordered(world: World) -> None:
+    def names(*words: str) -> list[str]:
+        return [row["name"] for row in world.rows("clusters", "list", *words)]
+
+    assert names() == ["dev", "prod"]
+    assert names("--reverse") == ["prod", "dev"]
+    assert names("--sort-by", "name", "--reverse", "--limit", "1") == ["prod"]
+    assert names("--cluster", "prod", "--status", "connected", "--status", "disabled") == ["prod"]
+    assert names("--status", "disconnected") == []
+    world.servers["dev"].put("jobs", fabrik_objects.job(2, conditions=("Complete",)))
+    wait_until(lambda: names("--since", "1h") == ["dev"], PATIENCE_S, "one has told something, the other not")
+    world.servers["prod"].stop()
+    wait_until(lambda: names("--status", "disconnected") == ["prod"], PATIENCE_S, "it is away")
+    assert names("--sort-by", "status") == ["prod", "dev"]
+    table = world.run("clusters", "list", "--cluster", "prod", "--no-headers").stdout.split()
+    assert table[:4] == ["prod", f"https://127.0.0.1:{world.servers['prod'].port}", "1", "disconnected"]
+    for words, parts in (
+        (("--cluster", "pord"), (3, "no cluster 'pord'", "did you mean 'prod'?")),
+        (("--status", "up"), (2, "--status: no 'up'", "choose from connected, disabled, disconnected")),
+        (("--fresh",), (2, "'clusters list' has no --fresh", "it is for runs list, runs show, schedules list")),
+        (("--sort-by", "state"), (2, "no column 'state'", "choose from connected")),
+    ):
+        refused(done_of(world.run("clusters", "list", *words)), *parts)
+    world.host.stop()
+    done = world.run("clusters", "list", "-o", "name", "--status", "disconnected")
+    assert done.stdout.split() == ["dev", "prod"]
+    assert "from the cache: dev as of " in done.stderr, "an answer that is not live says so"
+
+
+def test_clusters_that_come_and_go_are_watched(world: World) -> None:
+    words = ("--watch", "-o", "jsonl", "--status", "connected")
+    with world.host.popen("clusters", "list", *words) as clusters, world.host.popen("runs", "list", "-w") as runs:
+        assert clusters.stdout
+        assert runs.stdout
+        assert runs.stderr
+        first = [json.loads(clusters.stdout.readline()) for _ in range(2)]
+        assert [(row["name"], row["connected"], row["error"]) for row in first] == [
+            ("dev", True, None),
+            ("prod", True, None),
+        ]
+        for _ in range(13):
+            runs.stdout.readline()
+        world.servers["prod"].stop()
+        gone = json.loads(clusters.stdout.readline())
+        assert (gone["name"], gone["status"], gone["server"]) == ("prod", "disconnected", first[1]["server"])
+        assert gone["error"]
+        assert runs.stderr.readline().startswith(b"fabrik-daemon: prod: disconnected (")
+        world.servers["prod"].start()
+        back = json.loads(clusters.stdout.readline())
+        assert (back["name"], back["status"], back["error"]) == ("prod", "connected", None)
+        for process in (clusters, runs):
+            process.send_signal(signal.SIGINT)
+            assert process.wait(PATIENCE_S) == 130
+
+
+def test_a_list_that_goes_on_says_first_what_is_away(world: World) -> None:
+    world.servers["prod"].stop()
+    away = ("clusters", "list", "--status", "disconnected")
+    wait_until(lambda: world.rows(*away), PATIENCE_S, "it is away")
+    with world.host.popen("volumes", "list", "-w") as watching:
+        assert watching.stderr
+        line = watching.stderr.readline()
+        assert line.startswith(b"fabrik-daemon: from the daemon: dev live; prod as of "), line
+        watching.kill()
+    refused(done_of(world.run("runs", "list", "-w", "--cluster", "pord")), 3, "no cluster 'pord'")
+    refused(done_of(world.run("runs", "list", "-w", "--max-age", "0s")), 6, "prod: as of ")
+
+
+def test_a_row_that_leaves_a_list_that_goes_on_is_shown_as_it_leaves(world: World) -> None:
+    server = world.servers["dev"]
+    words = ("schedules", "list", "-w", "--cluster", "dev", "--status", "waiting", "-o", "jsonl")
+    with world.host.popen(*words) as watching:
+        assert watching.stdout
+        assert json.loads(watching.stdout.readline())["suspended"] == 0
+        server.put("cronjobs", fabrik_objects.cronjob("nightly", suspend=True))
+        server.put("cronjobs", fabrik_objects.cronjob("nightly", "0 4 * * *", suspend=True))
+        server.put("cronjobs", fabrik_objects.cronjob("weekly"))
+        rows = [json.loads(watching.stdout.readline()) for _ in range(2)]
+        assert [(row["schedule_id"], row["suspended"]) for row in rows] == [("nightly", 1), ("weekly", 0)]
+        watching.kill()
+    assert [row["schedule_id"] for row in world.rows("schedules", "list", "--status", "suspended")] == ["nightly"]
 
 
 def test_a_list_that_goes_on(world: World) -> None:

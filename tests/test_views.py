@@ -180,9 +180,8 @@ def test_a_run_in_a_list() -> None:
 
 
 def test_clusters_volumes_and_warnings_in_a_list() -> None:
-    cluster = {"name": "dev", "server": "https://a", "priority": 0, "connected": 0, "error": None}
-    assert list(cells_of(CLUSTER_COLUMNS, cluster).values()) == ["dev", "https://a", "0", "no", "", ""]
-    assert cells_of(CLUSTER_COLUMNS, {**cluster, "connected": 1})["CONNECTED"] == "yes"
+    cluster = {"name": "dev", "server": "https://a", "priority": 0, "status": "disconnected", "error": None}
+    assert list(cells_of(CLUSTER_COLUMNS, cluster).values()) == ["dev", "https://a", "0", "disconnected", "", ""]
     volume = {"name": "v", "phase": "Bound", "capacity_bytes": 10 << 30, "storage_class": None}
     assert list(cells_of(VOLUME_COLUMNS, volume).values()) == ["v", "Bound", "10Gi", ""]
     warning = {"last_at": "2026-11-23T11:59:00Z", "count": 3, "reason": "BackOff", "object_kind": "Pod", "message": "m"}
