@@ -1,4 +1,4 @@
-"""The API server of benchmarks: a process of its own that serves runs and sends their pods' changes.
+"""The API servers of benchmarks: one that kubectl can talk to, and a process that serves runs and their changes.
 
 The changes are those of a recorded Pod, ids, names, versions and progress made to vary; they are bytes before the
 clock starts, and so are the items of lists, so that the server costs little while a client is measured.
@@ -6,6 +6,7 @@ clock starts, and so are the items of lists, so that the server costs little whi
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import re
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import fabrik_objects
 from fakes import RECORDINGS, RESOURCES, JsonObject, ModelServer, Selector, parse_response
 from fakes_http import Access, Authority, Exchange, Request, Response, encode
+from tables import table_of_event, table_of_list, wants_table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from multiprocessing.connection import Connection
     from pathlib import Path
 
@@ -27,17 +29,31 @@ if TYPE_CHECKING:
 RECORDED: Final = RECORDINGS / "01-happy-path" / "watch-pods.http"
 FIRST_VERSION: Final = 1_000_000
 WRITE_BYTES: Final = 1 << 20
+SCHEDULES: Final = 5
 _PROGRESS: Final = re.compile(rb'\\"finished\\":\d+,\\"total\\":\d+')
 _VERSION: Final = re.compile(rb'"resourceVersion":"\d+"')
 _TASK: Final = b'"fabrik.dev/task":"16:impl"'
 
 
-_VERBS: Final = ["get", "list", "watch"]
-_PODS: Final = {"name": "pods", "singularName": "pod", "namespaced": True, "kind": "Pod", "verbs": _VERBS}
+def _resource(name: str, singular: str, kind: str) -> JsonObject:
+    verbs = ["get", "list", "watch"]
+    return {"name": name, "singularName": singular, "namespaced": True, "kind": kind, "verbs": verbs}
+
+
+def _resources(version: str, *resources: JsonObject) -> JsonObject:
+    return {"kind": "APIResourceList", "groupVersion": version, "resources": resources}
+
+
+_BATCH: Final = {"groupVersion": "batch/v1", "version": "v1"}
 _DISCOVERY: Final[dict[str, JsonObject]] = {
     "/api": {"kind": "APIVersions", "versions": ["v1"]},
-    "/apis": {"kind": "APIGroupList", "apiVersion": "v1", "groups": []},
-    "/api/v1": {"kind": "APIResourceList", "groupVersion": "v1", "resources": [_PODS]},
+    "/apis": {
+        "kind": "APIGroupList",
+        "apiVersion": "v1",
+        "groups": [{"name": "batch", "versions": [_BATCH], "preferredVersion": _BATCH}],
+    },
+    "/api/v1": _resources("v1", _resource("pods", "pod", "Pod")),
+    "/apis/batch/v1": _resources("batch/v1", _resource("jobs", "job", "Job")),
 }
 
 
@@ -65,6 +81,7 @@ class Work(NamedTuple):
             yield json.loads(_of_run(recorded_event(self.whole), number))["object"]
 
 
+@functools.lru_cache(maxsize=2)
 def recorded_event(whole: bool) -> bytes:
     """Return one MODIFIED event of a running Pod, as a real API server sent it."""
     line = parse_response(RECORDED.read_bytes())[2][9]
@@ -87,24 +104,39 @@ def _of_run(line: bytes, number: int) -> bytes:
     return line.replace(pod["ownerReferences"][0]["uid"].encode(), made["ownerReferences"][0]["uid"].encode())
 
 
-class _PodServer(ModelServer):
+class KubectlServer(ModelServer):
+    """A model that kubectl can talk to: it says what there is, and makes tables of lists."""
+
+    def other(self, path: str) -> Response:
+        """Tell what there is, too."""
+        found = _DISCOVERY.get(path)
+        return Response(200, encode(found)) if found else super().other(path)
+
+    def list_page(self, request: Request, resource: str, selector: Selector) -> Response:
+        """Return a list as it is asked for."""
+        response = super().list_page(request, resource, selector)
+        if response.status == 200 and wants_table(request):
+            return response._replace(body=table_of_list(response.body))
+        return response
+
+
+class _PodServer(KubectlServer):
     """Serves the runs; the watches of pods send what was made beforehand, when told to."""
 
-    def __init__(self, authority: Authority, work: Work) -> None:
+    def __init__(self, authority: Authority, work: Work, opened: Callable[[], None]) -> None:
         super().__init__(authority, token="a-bearer-token")
         self.go = threading.Event()
         self.uid = work.uid
+        self._opened = opened
         self._items: dict[str, bytes] = {}
-        self.body = b"".join(b"%x\r\n%s\r\n" % (len(line), line) for line in work.lines())
+        self._lines = list(work.lines())
+        self._body = _chunks(self._lines)
         for number in range(work.runs):
             self.put("jobs", fabrik_objects.job(number))
         for pod in work.pods():
             self.put("pods", pod)
-
-    def other(self, path: str) -> Response:
-        """Tell kubectl what there is, too."""
-        found = _DISCOVERY.get(path)
-        return Response(200, encode(found)) if found else super().other(path)
+        for number in range(SCHEDULES):
+            self.put("cronjobs", fabrik_objects.cronjob(f"schedule-{number}"))
 
     def list_response(self, resource: str, metadata: JsonObject, items: Iterable[JsonObject]) -> Response:
         """Return a list as the model does, its items' bytes made once."""
@@ -121,23 +153,31 @@ class _PodServer(ModelServer):
         return self._items[key]
 
     def _watch(self, exchange: Exchange, resource: str, selector: Selector) -> None:
-        if resource != "pods" or "sendInitialEvents" in exchange.seen.query or not self.body:
+        if resource != "pods" or "sendInitialEvents" in exchange.seen.query or not self._lines:
             super()._watch(exchange, resource, selector)
             return
+        body = self._body
+        if wants_table(exchange.seen):
+            body = _chunks(table_of_event(line, first=not number) for number, line in enumerate(self._lines))
         exchange.start_stream()
+        self._opened()
         self.go.wait()
-        for start in range(0, len(self.body), WRITE_BYTES):
-            exchange.wfile.write(self.body[start : start + WRITE_BYTES])
+        for start in range(0, len(body), WRITE_BYTES):
+            exchange.wfile.write(body[start : start + WRITE_BYTES])
         while not exchange.client_is_gone():
             time.sleep(0.1)
 
 
+def _chunks(lines: Iterable[bytes]) -> bytes:
+    return b"".join(b"%x\r\n%s\r\n" % (len(line), line) for line in lines)
+
+
 def _serve(work: Work, kubeconfig: Path, ours: Connection) -> None:
-    with _PodServer(Authority(), work) as server:
+    with _PodServer(Authority(), work, lambda: ours.send("watched")) as server:
         for resource in ("pods", "jobs"):  # makes the items' bytes
             server.list_page(Request("GET", "", {}, {}, 0.0), resource, Selector(""))
         server.kubeconfig(kubeconfig, Access(auth="token"))
-        ours.send(server.port)
+        ours.send("listens")
         while ours.recv() == "go":
             server.go.set()
 
@@ -155,13 +195,17 @@ class PodServer:
     def __enter__(self) -> Self:
         """Start it and wait until it listens."""
         self._process.start()
-        self._server.recv()
+        assert self._server.recv() == "listens"
         return self
 
     def __exit__(self, *_: object) -> None:
         """End it."""
         self._process.kill()
         self._process.join()
+
+    def is_watched(self, timeout_s: float) -> bool:
+        """Wait until a client has opened a watch of pods; tell whether one has."""
+        return self._server.poll(timeout_s) and self._server.recv() == "watched"
 
     def go(self) -> None:
         """Send the changes on every watch of pods."""

@@ -27,8 +27,7 @@ from typing import TYPE_CHECKING, Any, Final
 ROOT: Final = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from bench.measuring import cpu_s  # noqa: E402
-from bench.stream_latency import percentile  # noqa: E402
+from bench.measuring import cpu_s, percentile  # noqa: E402
 from commands import build_cache, run_row  # noqa: E402 - found through the path above
 from fabrik_objects import Report, job, pod  # noqa: E402
 from fakes import Authority, ModelServer  # noqa: E402

@@ -1,12 +1,10 @@
 """Measures what a daemon costs that has nothing to do: quiet clusters, for a minute.
 
-.venv/bin/python tests/bench/idle.py [--clusters N] [--runs N] [--seconds N] [-o json]
+.venv/bin/python tests/bench/idle.py [--clusters 1,5] [--runs N] [--seconds N] [-o json]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 import uuid
@@ -14,7 +12,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-from bench.measuring import cpu_of, resident_mb, serving  # noqa: E402 - found through the path above
+from bench.measuring import cpu_of, options, resident_mb, serving, show  # noqa: E402 - found through the path above
 from pod_server import Work  # noqa: E402
 
 
@@ -36,18 +34,14 @@ def measure(clusters: int, runs: int, seconds: float, python: str) -> dict[str, 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clusters", type=int, default=5, metavar="N", help="how many (default: 5)")
+    parser = options(__doc__)
+    parser.add_argument("--clusters", default="1,5", metavar="N,...", help="how many (default: 1,5)")
     parser.add_argument("--runs", type=int, default=20, metavar="N", help="in each, with their pods (default: 20)")
     parser.add_argument("--seconds", type=float, default=60.0, metavar="N", help="how long (default: 60)")
-    parser.add_argument("--python", default=sys.executable, help="the daemon's interpreter (default: this one)")
-    parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="format (default: text)")
     arguments = parser.parse_args()
-    figures = measure(arguments.clusters, arguments.runs, arguments.seconds, arguments.python)
-    if arguments.output == "json":
-        print(json.dumps(figures, indent=2))
-    else:
-        print("{clusters} clusters, {runs} runs: {cpu_percent} % of a core, {memory_mb} MB".format(**figures))
+    counts = map(int, arguments.clusters.split(","))
+    rows = [measure(count, arguments.runs, arguments.seconds, arguments.python) for count in counts]
+    show(rows, arguments.output)
 
 
 if __name__ == "__main__":

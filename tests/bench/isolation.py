@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shutil
 import socket
@@ -26,7 +25,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
-from fabrik_objects import Report, job, pod  # noqa: E402 - found through the path above
+from bench.measuring import percentile  # noqa: E402 - found through the path above
+from fabrik_objects import Report, job, pod  # noqa: E402
 from fakes import Authority, ModelServer  # noqa: E402
 from harness import Cluster, wait_until  # noqa: E402
 from links import Listener, LooseDaemon  # noqa: E402
@@ -48,11 +48,6 @@ class Figures(NamedTuple):
     p99_ms: float
     max_ms: float
     others: int  # events of other clusters that the subscriber's daemon took in meanwhile, a second
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """Return the smallest value that so many of the others do not exceed."""
-    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
 class Foreign(ModelServer):

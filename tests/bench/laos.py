@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import math
 import shutil
 import socket
 import sys
@@ -28,14 +27,15 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
-from clients import LinesClient  # noqa: E402 - found through the path above
+from bench.measuring import percentile  # noqa: E402 - found through the path above
+from clients import LinesClient  # noqa: E402
 from fabrik_objects import Report, job, pod  # noqa: E402
 from fakes import Authority, ModelServer  # noqa: E402
 from harness import Cluster  # noqa: E402
 from hosts import Host  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
 RUNS: Final = 50
 WARM_S: Final = 3.0  # before measuring, for the daemon to meet LAOS's trouble
@@ -118,11 +118,6 @@ def laos_named(name: str) -> Service | Nobody | None:
     if name in ("away", "deaf"):
         return Nobody(is_closed=name == "away")
     return Service(200, 0.0) if name == "well" else Service(500, 1.0)
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """Return the smallest value that so many of the others do not exceed."""
-    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
 STATES: Final = ("none", "well", "away", "deaf", "wrong and slow")

@@ -1,139 +1,181 @@
-"""Measures how long a change on the wire takes to be a row in cache.db.
+"""Measures how late a change is: from the API server's wire to a subscriber, to a row in cache.db, and to kubectl.
 
-A daemon (dist/fabrik-daemon) follows a scripted API server over TLS. One change after another goes out on its watch,
-each a new task of some run; another process asks SQLite all the time whether anything was committed, and notes when
-it can read the change. The time counts from before the server writes the event to after the row was read.
-Ends with 1 if a change took a second or more, or never came.
+A model API server on loopback, over TLS, changes one Pod after the other at a steady rate. The time counts from right
+before the bytes of a change are handed to TLS until its event was read from the daemon's socket, until another process
+could read it in SQLite, or until the line of `kubectl get -w --output-watch-events` was read from its stdout: by turns
+in one run, by one clock. The daemon is the built executable.
+
+    .venv/bin/python tests/bench/latency.py [--changes 1000] [--cached 2000] [--rate 200] [-o json]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import contextlib
 import multiprocessing
+import os
+import re
 import sqlite3
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-import fabrik_objects
-from fakes import Access, Authority, ModelServer
-from harness import Cluster, Daemon
+from bench.measuring import (  # noqa: E402 - found through the path above
+    TOKEN,
+    WARM_UP,
+    Changes,
+    bounded,
+    followed,
+    kubectl,
+    model,
+    note_what_is_sent,
+    options,
+    percentiles_ms,
+    show,
+)
+from clients import LinesClient  # noqa: E402
+from harness import wait_until  # noqa: E402
 
 if TYPE_CHECKING:
+    import argparse
     from multiprocessing.connection import Connection
 
-ROOT: Final = Path(__file__).parent.parent.parent
-RUNS: Final = 50
-LIMIT_S: Final = 1.0
+    Times = dict[int, float]  # when a change was seen, by its number
+
 LOOK_S: Final = 0.0005
-PATIENCE_S: Final = 30.0
+PATIENCE_S: Final = 60.0
+NUMBER: Final = re.compile(rb'"finished":(\d+)')
 TASKS: Final = (
     "SELECT seq, json_extract(row, '$.current_task') FROM changes WHERE seq > ? AND type LIKE 'run:%' ORDER BY seq"
 )
 
 
-def look(cache: str, changes: int, seen: Connection) -> None:
-    """Be the reader: send when each change could be read, and how many commits there were."""
+# ---------------------------------------------------------------- who sees them
+
+
+def at_subscriber(socket: Path, changes: Changes, count: int) -> Times:
+    """Return when a subscriber had read each change."""
+    seen: Times = {}
+    with LinesClient(socket, PATIENCE_S) as subscriber:
+        subscriber.ask("subscribe", clusters=["*"])
+        with changes.being_made(count) as numbers:
+            while numbers[-1] not in seen:
+                line, now = subscriber.line(), time.perf_counter()
+                for number in map(int, NUMBER.findall(line)[:1]):
+                    assert number not in seen, f"change {number} was told twice"
+                    seen[number] = now
+    return {number: at for number, at in seen.items() if number in numbers}
+
+
+def look(cache: str, last: int, seen: Connection) -> None:
+    """Ask SQLite all the time whether anything was committed; send when each change could be read."""
     connection = sqlite3.connect(f"file:{cache}?mode=ro", uri=True, isolation_level=None)
-    last, version, commits = connection.execute("SELECT coalesce(max(seq), 0) FROM changes").fetchone()[0], -1, 0
-    times: dict[int, float] = {}
+    position, version = connection.execute("SELECT coalesce(max(seq), 0) FROM changes").fetchone()[0], -1
+    times: Times = {}
     seen.send("ready")
     ends_at = time.monotonic() + PATIENCE_S
-    while len(times) < changes and time.monotonic() < ends_at:
+    while last not in times and time.monotonic() < ends_at:
         now = connection.execute("PRAGMA data_version").fetchone()[0]
         if now == version:
             time.sleep(LOOK_S)
             continue
-        version, commits = now, commits + 1
-        rows = connection.execute(TASKS, (last,)).fetchall()
-        at = time.monotonic()
-        ends_at = at + PATIENCE_S
-        for last, task in rows:  # noqa: B007 - the last one counts afterwards
-            number = int(task.partition(":")[0]) if task else 0
-            if number:
-                times.setdefault(number, at)
+        version = now
+        rows = connection.execute(TASKS, (position,)).fetchall()
+        at = time.perf_counter()
+        for position, task in rows:  # noqa: B007 - the last one counts afterwards
+            times.setdefault(int(task.partition(":")[0]), at)
     connection.close()
-    seen.send((times, commits))
+    seen.send(times)
 
 
-def measure(changes: int, per_second: float, python: str) -> dict[str, Any]:
-    """Run daemon, server and reader, and return the figures."""
-    server = ModelServer(Authority(), token="a-bearer-token")
-    for number in range(RUNS):
-        server.put("jobs", fabrik_objects.job(number))
-        server.put("pods", fabrik_objects.pod(number, report=fabrik_objects.Report(task="0:impl")))
-    with server, tempfile.TemporaryDirectory(prefix="fabrik-bench-") as folder:
-        cluster = Cluster(server, access=Access(auth="token", ca="data"))
-        daemon = Daemon(ROOT / "dist" / "fabrik-daemon", Path(folder) / "shiv", Path(folder), [cluster], timing={})
-        daemon.python = python
-        try:
-            daemon.start()
-            daemon.settle()
-            sent, (seen, commits) = play(server, str(daemon.cache), changes, per_second)
-            daemon.stop()
-        finally:
-            daemon.kill()
-    if server.violations:
-        raise SystemExit(f"the daemon asked for something else than GET: {server.violations}")
-    took = sorted(seen[number] - at for number, at in sent.items() if number in seen)
-    return {
-        "changes": changes,
-        "changes_per_second": round(changes / (sent[changes] - sent[1]), 1) if changes > 1 else None,
-        "commits": commits,
-        "missing": changes - len(took),
-        "p50_ms": milliseconds(took, 0.5),
-        "p99_ms": milliseconds(took, 0.99),
-        "max_ms": milliseconds(took, 1.0),
-    }
-
-
-def play(
-    server: ModelServer, cache: str, changes: int, per_second: float
-) -> tuple[dict[int, float], tuple[dict[int, float], int]]:
-    """Send the changes; return when each was sent, and what the reader saw."""
+def in_cache(cache: Path, changes: Changes, count: int) -> Times:
+    """Return when each change could be read in the cache by another process."""
     processes = multiprocessing.get_context("spawn")
     ours, theirs = processes.Pipe()
-    reader = processes.Process(target=look, args=(cache, changes, theirs))
+    reader = processes.Process(target=look, args=(str(cache), changes.made + WARM_UP + count, theirs))
     reader.start()
-    ours.recv()
-    sent: dict[int, float] = {}
-    began = time.monotonic()
-    for number in range(1, changes + 1):
-        time.sleep(max(0.0, began + number / per_second - time.monotonic()))
-        pod = fabrik_objects.pod(number % RUNS, report=fabrik_objects.Report(task=f"{number}:impl"))
-        sent[number] = time.monotonic()
-        server.put("pods", pod)
-    seen: tuple[dict[int, float], int] = ours.recv()
+    assert ours.recv() == "ready"
+    with changes.being_made(count) as numbers:
+        pass
+    seen: Times = ours.recv()
     reader.join()
-    return sent, seen
+    return {number: at for number, at in seen.items() if number in numbers}
 
 
-def milliseconds(took: list[float], share: float) -> float | None:
-    """Return the time within which this share of the changes came."""
-    return round(took[max(0, -int(-len(took) * share // 1) - 1)] * 1000, 1) if took else None
+def at_kubectl(program: str, runs: int, rate: float, count: int) -> Times:
+    """Return when each change of a server was a line of kubectl's stdout; the n-th such line is the n-th change."""
+    seen: Times = {}
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fabrik-bench-")))
+        server = stack.enter_context(model(runs))
+        changes = Changes(server, runs, rate)
+        command = [program, "get", "pods", "-n", "fabrik-runs", "--watch", "--output-watch-events"]
+        environment = {
+            **os.environ,
+            "HOME": str(folder),
+            "KUBECONFIG": str(server.kubeconfig(folder / "config", TOKEN)),
+        }
+        process = stack.enter_context(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE))
+        stack.enter_context(bounded(process, PATIENCE_S))
+        assert process.stdout
+        wait_until(lambda: server.watches, PATIENCE_S, "kubectl watches")
+        number = 0
+        with changes.being_made(count) as numbers:
+            for line in process.stdout:
+                now = time.perf_counter()
+                number += line.startswith(b"MODIFIED")
+                seen.setdefault(number, now)
+                if number == numbers[-1]:
+                    break
+    return {number: at for number, at in seen.items() if number in numbers}
 
 
-def main() -> int:
+# ---------------------------------------------------------------- what comes of it
+
+
+def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the percentiles of each, in milliseconds."""
+    sent = note_what_is_sent()
+    program = kubectl()
+    late: dict[str, list[float]] = {"subscriber": [], "cache": [], "kubectl": []}
+
+    def add(wire_to: str, seen: Times, count: int) -> None:
+        assert len(seen) == count, f"{wire_to}: {count - len(seen)} changes of {count} were never seen"
+        late[wire_to] += [at - sent[number] for number, at in seen.items()]
+
+    with followed(arguments.runs, arguments.python) as (server, host):
+        changes = Changes(server, arguments.runs, arguments.rate)
+        each = max(1, arguments.changes // arguments.turns)
+        for _ in range(arguments.turns):
+            add("subscriber", at_subscriber(host.socket, changes, each), each)
+            if program:
+                add("kubectl", at_kubectl(program, arguments.runs, arguments.rate, each), each)
+        add("cache", in_cache(host.cache, changes, arguments.cached), arguments.cached)
+    shares = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
+    return [
+        {"wire_to": name, "changes": len(times), **percentiles_ms(times, **shares)}
+        for name, times in late.items()
+        if times
+    ]
+
+
+def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--changes", type=int, default=1000, metavar="N", help="how many changes (default: 1000)")
+    parser = options(__doc__)
+    parser.add_argument("--changes", type=int, default=1000, metavar="N", help="as they are told (default: 1000)")
+    parser.add_argument(
+        "--turns", type=int, default=4, metavar="N", help="that subscriber and kubectl take (default: 4)"
+    )
+    parser.add_argument("--cached", type=int, default=2000, metavar="N", help="as they are cached (default: 2000)")
     parser.add_argument("--rate", type=float, default=200, metavar="N", help="changes a second (default: 200)")
-    parser.add_argument("--python", default=sys.executable, help="the interpreter of the daemon (default: this one)")
-    parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="format (default: text)")
+    parser.add_argument("--runs", type=int, default=100, metavar="N", help="runs that they go round (default: 100)")
     arguments = parser.parse_args()
-    figures = measure(arguments.changes, arguments.rate, arguments.python)
-    if arguments.output == "json":
-        print(json.dumps(figures, indent=2))
-    else:
-        print("{changes} changes at {changes_per_second}/s in {commits} commits, {missing} missing".format(**figures))
-        print("wire to cache.db: p50 {p50_ms} ms, p99 {p99_ms} ms, max {max_ms} ms".format(**figures))
-    return int(bool(figures["missing"]) or figures["max_ms"] >= LIMIT_S * 1000)
+    show(measure(arguments), arguments.output)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
