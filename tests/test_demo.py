@@ -41,10 +41,9 @@ def changes() -> list[Change]:
         metadata = step.object["metadata"]
         scope = fabrik_daemon.Scope(step.cluster, step.resource, metadata["namespace"])
         facts = fabrik_daemon.facts_from(step.resource, step.object)
-        take = store.remove if step.type == "DELETED" else store.observe
         progress = fabrik_daemon.Progress(scope, str(number), "")
-        name = metadata["namespace"], metadata["name"]
-        found += take(progress, name, facts, STARTED_AT + step.at_s).changes
+        seen = fabrik_daemon.Seen((metadata["namespace"], metadata["name"]), facts, step.type == "DELETED")
+        found += store.observe(progress, [seen], STARTED_AT + step.at_s).changes
     return found
 
 

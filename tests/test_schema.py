@@ -49,7 +49,7 @@ from fabrik_daemon import (
     epoch_of,
     facts_from,
     facts_from_json,
-    facts_json,
+    format_record,
     retention_statements,
     set_meta,
     upsert,
@@ -369,13 +369,13 @@ def resource_of(facts: Facts) -> str:
 @settings(deadline=None)
 @given(OTHER_FACTS)
 def test_facts_are_read_back_as_they_were_written(facts: Facts) -> None:
-    assert facts_from_json(resource_of(facts), facts_json(facts)) == facts
+    assert facts_from_json(resource_of(facts), format_record(facts)) == facts
 
 
 @settings(deadline=None)
 @given(REPORTED_FACTS)
 def test_facts_with_a_report_are_read_back_as_they_were_written(facts: Facts) -> None:
-    assert facts_from_json(resource_of(facts), facts_json(facts)) == facts
+    assert facts_from_json(resource_of(facts), format_record(facts)) == facts
 
 
 @pytest.mark.parametrize(
@@ -394,12 +394,12 @@ def test_the_facts_of_a_real_object_are_read_back(resource: Any, item: dict[str,
     assert isinstance(facts, tuple)
     if isinstance(facts, PodFacts):
         facts = facts._replace(report=facts.report._replace(iteration=1))
-    assert facts_from_json(resource.name, facts_json(facts)) == facts
+    assert facts_from_json(resource.name, format_record(facts)) == facts
 
 
 def test_facts_of_another_version_are_read_as_far_as_they_go() -> None:
     facts = VolumeFacts("n", "v", "u", "i")
-    newer = {**json.loads(facts_json(facts)), "colour": "red"}
+    newer = {**json.loads(format_record(facts)), "colour": "red"}
     assert facts_from_json(VOLUMES.name, json.dumps(newer)) == facts
     reported = {"namespace": "n", "name": "p", "uid": "u", "id": "i", "report": {"mood": "good", "task": "1:a"}}
     assert facts_from_json(PODS.name, json.dumps(reported)) == PodFacts("n", "p", "u", "i", Said(task="1:a"))

@@ -31,6 +31,7 @@ from fabrik_daemon import (
     Run,
     RunEvent,
     Scope,
+    Seen,
     Snapshot,
     Store,
     Volume,
@@ -78,12 +79,12 @@ class World:
     def see(self, resource: Resource, item: JsonObject, cluster: str = "c") -> Commit:
         name = item["metadata"]["namespace"], item["metadata"]["name"]
         progress = self._progress(resource, cluster, NAMESPACE)
-        return self.keep(self.store.observe(progress, name, facts_from(resource.name, item), self.now))
+        return self.keep(self.store.observe(progress, [Seen(name, facts_from(resource.name, item))], self.now))
 
     def delete(self, resource: Resource, item: JsonObject) -> Commit:
         name = item["metadata"]["namespace"], item["metadata"]["name"]
         progress = self._progress(resource, "c", NAMESPACE)
-        return self.keep(self.store.remove(progress, name, facts_from(resource.name, item), self.now))
+        return self.keep(self.store.observe(progress, [Seen(name, facts_from(resource.name, item), True)], self.now))
 
     def relist(self, resource: Resource, *items: JsonObject, cluster: str = "c", namespace: str = NAMESPACE) -> Commit:
         facts = [found for item in items if (found := facts_from(resource.name, item)) is not None]
@@ -533,10 +534,10 @@ def test_every_commit_carries_how_far_its_scope_was_followed(world: World) -> No
     assert facts is not None
     name = (NAMESPACE, facts.name)
     for commit in (
-        world.store.observe(progress, name, facts, NOW),
-        world.store.remove(progress, name, facts, NOW),
+        world.store.observe(progress, [Seen(name, facts)], NOW),
+        world.store.observe(progress, [Seen(name, facts, True)], NOW),
         world.store.replace(progress, [facts], NOW),
-        world.store.observe(progress, ("x", "y"), None, NOW),
+        world.store.observe(progress, [Seen(("x", "y"), None)], NOW),
     ):
         assert commit.progress == progress
 

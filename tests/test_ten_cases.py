@@ -862,7 +862,7 @@ def state_at(server: ModelServer, resource: str, version: int) -> dict[str, str]
         else:
             facts = fabrik_daemon.facts_from(resource, change.object)
             assert facts is not None
-            state[name] = fabrik_daemon.facts_json(facts)
+            state[name] = fabrik_daemon.format_record(facts)
     return state
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 from typing import Any
 
@@ -10,13 +11,17 @@ from hypothesis import strategies as st
 
 import fabrik_daemon
 from fabrik_daemon import (
+    PODS,
     HttpClientCodec,
     LineDecoder,
     ListDecoder,
+    PodFacts,
+    PodLineDecoder,
     ProtocolError,
     Refusal,
     ResponseHead,
     WatchEvent,
+    cut_report,
     facts_from,
     parse_json,
     refusal_from_response,
@@ -440,3 +445,117 @@ def test_the_lines_of_a_real_server_lose_their_managed_fields_unparsed(resource_
                 if not keeps_spec:
                     del parsed["object"]["spec"]
                 assert json.loads(slim) == parsed
+
+
+# Pods whose report alone is new
+
+
+@functools.cache
+def recorded_lines() -> list[bytes]:
+    """Return every whole event of a Pod that was recorded, in its order."""
+    recorded = sorted(RECORDINGS.glob("*/watch-pods*.http"))
+    lines = [line for path in recorded for line in response(path)[1].splitlines()]
+    return [line for line in lines if line.startswith(b'{"type":"') and line.endswith(b"}}}")]
+
+
+@functools.cache
+def recorded_running() -> bytes:
+    return next(line for line in recorded_lines() if b'"phase":"Running"' in line and cut_report(line))
+
+
+def running_line(annotations: JsonObject, **also: Any) -> bytes:
+    """Return an event of a running Pod as an API server writes it, with such annotations and members of metadata."""
+    event = json.loads(recorded_running())
+    metadata = event["object"]["metadata"]
+    members = {**metadata, **also, "annotations": annotations, "managedFields": metadata["managedFields"]}
+    order = [*(name for name in metadata if name not in ("managedFields", "annotations")), "annotations"]
+    order = [name for name in order if name not in ("ownerReferences", "finalizers")]
+    order += ["ownerReferences", "finalizers", "managedFields"]
+    event["object"]["metadata"] = {name: members[name] for name in order if name in members}
+    return json.dumps(event, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")
+
+
+def told(decoder: LineDecoder, line: bytes) -> tuple[str, tuple[str, str], str, Any]:
+    """Return what a line tells through a decoder: type, names, version and facts."""
+    (event,) = decoder.receive(line + b"\n")
+    return event.type, event.name, event.resource_version, event.project(PODS.name)
+
+
+def test_the_lines_of_a_real_server_tell_the_same_whether_the_pod_is_known() -> None:
+    decoder, lines = PodLineDecoder(), recorded_lines()
+    assert sum(cut_report(line) is not None for line in lines) > len(lines) / 2
+    for line in [*lines, *lines]:
+        (event,) = LineDecoder("jobs").receive(line + b"\n")  # whose spec is kept
+        expected = event.type, event.name, event.resource_version, event.project(PODS.name)
+        assert told(decoder, line) == expected, line
+
+
+REPORTS = st.dictionaries(
+    st.sampled_from(["phase", "task", "progress", "status", "attempt", "updated", "reason"]).map("fabrik.dev/".__add__)
+    | st.sampled_from(['},"ownerReferences":[', ',"annotations":{', "x"]),
+    st.sampled_from(
+        ['{"finished":1,"total":2}', '{"phase":"gate"}', "3", "2026-02-16T20:00:00Z", "", "\\", '"', "}", "{", "},"]
+    )
+    | st.text(max_size=5)
+    | HOSTILE,
+    max_size=5,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(REPORTS, st.sampled_from(["7", "80", "a", "1-2", "\\", "ü"])), min_size=1, max_size=6))
+def test_a_report_alone_tells_the_same_as_the_whole_line(reports: list[tuple[JsonObject, str]]) -> None:
+    decoder = PodLineDecoder()
+    for report, version in reports:
+        line = running_line(report, resourceVersion=version)
+        assert told(decoder, line) == told(LineDecoder("pods"), line), line
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (b'"phase":"Running"', b'"phase":"Failed"'),
+        (b'"fabrik.dev/phase":"', b'"fabrik.dev/phase":"x'),
+        (b'"restartCount":0', b'"restartCount":1'),
+        (b'"type":"MODIFIED"', b'"type":"DELETED"'),
+        (b'"uid":"', b'"uid":"0'),
+        (b'"generation":1', b'"generation":1,"deletionTimestamp":"2026-02-16T20:00:00Z"'),
+    ],
+)
+def test_what_is_new_besides_the_report_is_seen(before: bytes, after: bytes) -> None:
+    decoder, line = PodLineDecoder(), running_line({"fabrik.dev/task": "1:a"})
+    changed = line.replace(before, after)
+    assert changed != line
+    for each in (line, changed, line):
+        assert told(decoder, each) == told(LineDecoder("pods"), each)
+
+
+def test_annotations_that_are_no_json_are_no_event_also_of_a_pod_that_is_known() -> None:
+    decoder, line = PodLineDecoder(), running_line({"fabrik.dev/task": "1:a"})
+    told(decoder, line)
+    with pytest.raises(ProtocolError, match="no watch event"):
+        told(decoder, line.replace(b'"1:a"', b'"1:a'))
+
+
+def test_only_what_is_new_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = PodLineDecoder()
+    told(decoder, running_line({"fabrik.dev/task": "1:a"}))
+    monkeypatch.setattr(LineDecoder, "_event", None)
+    facts = told(decoder, running_line({"fabrik.dev/task": "2:b"}, resourceVersion="99"))[3]
+    assert isinstance(facts, PodFacts)
+    assert facts.report.task == "2:b"
+
+
+def test_pods_are_remembered_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fabrik_daemon, "PODS_REMEMBERED", 3)
+    decoder = PodLineDecoder()
+    for number in range(10):
+        told(decoder, running_line({}, uid=f"uid-{number}"))
+        assert len(decoder._known) <= 3
+
+
+def test_a_sidecar_is_found_in_a_line_as_a_real_server_writes_it() -> None:
+    sidecar = b'"containers":[{"name":"smithers-sidecar","ports":[{"containerPort":8080}]},'
+    line = running_line({"fabrik.dev/task": "1:a"}).replace(b'"containers":[', sidecar, 1)
+    decoder = PodLineDecoder()
+    assert [told(decoder, each)[3].sidecar_port for each in (line, line)] == [8080, 8080]

@@ -45,10 +45,12 @@ def missing_delete() -> Replaced:
 def ignored_delete() -> Replaced:
     """A DELETED event does nothing."""
 
-    def remove(store: Any, progress: Any, _name: object, _facts: object, now: float) -> Any:
-        return store.advance(progress, now)
+    real = fabrik_daemon.Store.observe
 
-    return [(fabrik_daemon.Store, "remove", remove)]
+    def observe(store: Any, progress: Any, seen: Any, now: float) -> Any:
+        return real(store, progress, [one for one in seen if not one.deleted], now)
+
+    return [(fabrik_daemon.Store, "observe", observe)]
 
 
 def version_first() -> Replaced:
