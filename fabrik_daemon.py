@@ -34,6 +34,7 @@ Core:
     Schema: views         views for user SQL, and what tables and columns mean
     Schema: facts         facts <-> JSON
     Schema                DDL, migrations, statements, row <-> values, the SQL authorizer
+    Schema: large commits   what whole lists write, in parts
     Schema: lists         what reads a list, or the runs that a word may mean
     Metrics               every metric, declared once, through prometheus-client
     HTTP                  client and server sides over h11: bytes in, messages out
@@ -347,6 +348,7 @@ PODS_REMEMBERED: Final = 10_000  # by a watch, of what their last lines said: so
 CALLBACK_S: Final = 0.001  # how long decoding may hold the loop at a time: what a flood costs every other cluster
 EMPTY_WATCH_S: Final = 1.0  # a watch that ends sooner and told nothing counts as a failure
 BATCH_OPERATIONS: Final = 5_000  # of one batch: about 50 ms of writing
+COMMIT_CHANGES: Final = 500  # of a list, written at once: a page of it
 PINNED_OPERATIONS: Final = 200_000  # what is merged into one batch while a reader pins the log
 WAL_MAX_BYTES: Final = 64 * 2**20
 CACHE_BUSY_MS: Final = 10_000  # others write only when a cluster is synced without the daemon
@@ -4711,6 +4713,43 @@ def _progress_statement(progress: Progress) -> Statement:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Schema: large commits
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class LateStatements:
+    """What a commit writes, made when it is written: statements of ten thousand objects would wait with 15 MB."""
+
+    def __init__(self, commit: Commit) -> None:
+        self._commit = commit
+
+    def __len__(self) -> int:
+        """Return about how many there are."""
+        return 3 * len(self._commit.changes) + len(self._commit.objects) + 2
+
+    def __iter__(self) -> Iterator[Statement]:
+        return iter(commit_statements(self._commit))
+
+
+WriteUnit = Union[list[Statement], LateStatements]  # what is written together
+
+
+def commit_parts(commit: Commit) -> Iterator[Commit]:
+    """Yield a large commit in parts to be written one after the other; only the last brings the cache up to a version.
+
+    Where a crash lets the others stand alone, the scope has no version, is listed anew and made whole.
+    """
+    size = max(len(commit.changes), len(commit.objects))
+    reserved = commit.reserved_seq  # before the first number is used
+    last = max(0, size - 1) // COMMIT_CHANGES * COMMIT_CHANGES
+    for start in range(0, last, COMMIT_CHANGES):
+        end = start + COMMIT_CHANGES
+        yield Commit(commit.changes[start:end], commit.objects[start:end], reserved_seq=reserved)
+        reserved = None
+    yield commit._replace(changes=commit.changes[last:], objects=commit.objects[last:], reserved_seq=reserved)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Schema: lists
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -5140,7 +5179,7 @@ class HttpClientCodec:
                     yield from self._on_chunks(self._chunks, self._connection.trailing_data[0])
                     return
             elif isinstance(event, h11.Data):
-                yield bytes(event.data) if self._inflate is None else self._inflate.decompress(event.data)
+                yield from self._inflated(bytes(event.data))
             elif isinstance(event, h11.EndOfMessage):
                 yield ResponseEnd(self._connection.their_state is h11.DONE)
             elif event is h11.NEED_DATA or event is h11.PAUSED or isinstance(event, h11.ConnectionClosed):
@@ -5157,10 +5196,23 @@ class HttpClientCodec:
             self._is_reusable = "close" not in headers.get("connection", "").lower()
         return ResponseHead(int(response.status_code), headers)
 
+    def _inflated(self, data: bytes) -> Iterator[bytes]:
+        """Yield what a part of a body says, not all at once: a list may be thirty times as long as its bytes."""
+        if self._inflate is None:
+            yield data
+            return
+        is_whole = False
+        while not is_whole:
+            piece = self._inflate.decompress(data, READ_BYTES)
+            data = self._inflate.unconsumed_tail
+            is_whole = len(piece) < READ_BYTES and not data
+            if piece:
+                yield piece
+
     def _on_chunks(self, chunks: ChunkedBody, data: bytes) -> Iterator[ResponsePart]:
         body = chunks.receive(data)
         if body:
-            yield body if self._inflate is None else self._inflate.decompress(body)
+            yield from self._inflated(body)
         if chunks.is_ended:
             self._chunks, self._connection = None, self._begin()
             yield ResponseEnd(self._is_reusable)
@@ -9972,7 +10024,7 @@ class CacheThread:
         self._connection = connection
         self._timing = timing
         self._log = log
-        self._units: deque[list[Statement]] = deque()
+        self._units: deque[WriteUnit] = deque()
         self._operations = 0  # in all of them
         self._lock = threading.Lock()
         self._some, self._enough = threading.Event(), threading.Event()
@@ -9988,7 +10040,7 @@ class CacheThread:
         """Begin to write."""
         self._thread.start()
 
-    def put(self, unit: list[Statement]) -> None:
+    def put(self, unit: WriteUnit) -> None:
         """Have some statements written together; returns at once."""
         if not unit:
             return
@@ -10035,11 +10087,11 @@ class CacheThread:
                 self._look_at_log()
         self._connection.close()
 
-    def _batch(self) -> tuple[list[list[Statement]], bool]:
+    def _batch(self) -> tuple[list[WriteUnit], bool]:
         """Return the next units, and whether there may be more after them; the first is waited for."""
         self._some.wait()
         self._enough.wait(self._timing.pinned_batch if self._pinned else self._timing.batch)
-        units: list[list[Statement]] = []
+        units: list[WriteUnit] = []
         operations = 0
         with self._lock:
             while self._units and operations < self._limit:
@@ -10052,7 +10104,7 @@ class CacheThread:
                 self._some.clear()
             return units, bool(self._units) or not self._stopping
 
-    def _write(self, units: list[list[Statement]], *, leniently: bool = False) -> None:
+    def _write(self, units: list[WriteUnit], *, leniently: bool = False) -> None:
         statements = [statement for unit in units for statement in unit]
         while True:
             try:
@@ -10074,7 +10126,7 @@ class CacheThread:
                     self.error = None
                 return
 
-    def _write_apart(self, units: list[list[Statement]], error: Exception) -> None:
+    def _write_apart(self, units: list[WriteUnit], error: Exception) -> None:
         """Write each unit for itself where one of them is bad, and of a bad one what goes."""
         if type(error) is sqlite3.DatabaseError:  # not one of its kinds: the file itself is damaged
             self._rebuild(error)
@@ -12930,7 +12982,11 @@ class Follower:
             run = self._store.tables.run(run_id)
             about = {"run_id": run_id, **({"cluster": run.cluster} if run else {})}
             self._log.warning("run %s reports values that do not parse: %s", run_id, ", ".join(keys), extra=about)
-        self._cache.put([*commit_statements(commit), *also])
+        if max(len(commit.changes), len(commit.objects)) <= COMMIT_CHANGES:
+            self._cache.put([*commit_statements(commit), *also])
+        else:
+            for part in commit_parts(commit):
+                self._cache.put(LateStatements(part))
         if commit.changes:
             self.on_news(self._bus.publish(commit.changes))
             for take_in in self.on_changes:

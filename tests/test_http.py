@@ -7,7 +7,7 @@ from fakes import RECORDINGS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fabrik_daemon import HEADERS_MAX_BYTES, HttpClientCodec, ProtocolError, ResponseEnd, ResponseHead
+from fabrik_daemon import HEADERS_MAX_BYTES, READ_BYTES, HttpClientCodec, ProtocolError, ResponseEnd, ResponseHead
 
 PLAIN = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 11\r\n\r\nhello\nworld"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n6\r\nhello\n\r\n5;x=y\r\nworld\r\n0\r\n\r\n"
@@ -149,6 +149,22 @@ def test_an_encoding_that_was_not_asked_for_is_an_error() -> None:
 def test_damaged_compression_is_an_error() -> None:
     with pytest.raises(ProtocolError, match="damaged"):
         list(codec().receive(COMPRESSED.replace(GZIPPED, b"x" * len(GZIPPED))))
+
+
+@pytest.mark.parametrize("size", [READ_BYTES - 1, READ_BYTES, READ_BYTES + 1, 3 * READ_BYTES, 40 * READ_BYTES + 7])
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_few_compressed_bytes_that_say_much_say_it_piece_by_piece(size: int, is_chunked: bool) -> None:
+    body = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
+    packed = gzip.compress(body)
+    head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n"
+    if is_chunked:
+        data = head + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(packed), packed)
+    else:
+        data = head + b"Content-Length: %d\r\n\r\n%s" % (len(packed), packed)
+    _head, *pieces, end = codec().receive(data)
+    assert isinstance(end, ResponseEnd)
+    assert b"".join(piece for piece in pieces if isinstance(piece, bytes)) == body
+    assert max(len(piece) for piece in pieces if isinstance(piece, bytes)) <= READ_BYTES
 
 
 def test_the_next_response_may_be_uncompressed() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import zoneinfo
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 import fabrik_daemon
 from fabrik_daemon import (
+    COMMIT_CHANGES,
     CRONJOBS,
     EVENTS,
     FACTS,
@@ -31,6 +33,8 @@ from fabrik_daemon import (
     EventFacts,
     Facts,
     JobFacts,
+    KeptLines,
+    LateStatements,
     ObjectKey,
     PodFacts,
     Progress,
@@ -45,6 +49,7 @@ from fabrik_daemon import (
     change_from,
     changes_held_after,
     cluster_statement,
+    commit_parts,
     commit_statements,
     epoch_of,
     facts_from,
@@ -277,6 +282,28 @@ def test_a_resource_version_is_written_after_the_rows_it_stands_for() -> None:
     assert tables == ["runs", "changes", "run_events", "objects", "watches", "meta"]
     assert commit_statements(commit)[-1][1] == ("reserved_seq", "20000")
     assert commit_statements(Commit()) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "known"), [(0, 0), (1, 0), (COMMIT_CHANGES, 3), (COMMIT_CHANGES + 1, 3 * COMMIT_CHANGES), (3, 1001)]
+)
+def test_the_parts_of_a_commit_write_what_it_writes_and_its_version_last(changed: int, known: int) -> None:
+    facts = facts_from(PODS.name, pod(1))
+    commit = Commit(
+        tuple(Change(n, "run:added", Run(f"r{n}", "c", "n", "running"), None, "at") for n in range(changed)),
+        tuple((ObjectKey("c", "pods", "n", f"p{n}"), facts) for n in range(known)),
+        Progress(SCOPE, "99", "at"),
+        20_000,
+        (Volume("c", "n", "v"),),
+        kept=KeptLines("r1", (), "at"),
+    )
+    parts = list(commit_parts(commit))
+    assert all(max(len(part.changes), len(part.objects)) <= COMMIT_CHANGES for part in parts)
+    written = [list(LateStatements(part)) for part in parts]
+    assert sorted(chain(*written), key=repr) == sorted(commit_statements(commit), key=repr)
+    assert [part.progress for part in parts] == [None] * (len(parts) - 1) + [commit.progress]
+    assert parts[0].reserved_seq == commit.reserved_seq, "before the first number is used"
+    assert all(len(LateStatements(part)) for part in parts), "the writer drops what is empty"
 
 
 def test_objects_are_kept_as_facts_and_forgotten(database: sqlite3.Connection) -> None:

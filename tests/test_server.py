@@ -831,6 +831,26 @@ def test_what_history_keeps_is_bounded_however_long_its_texts(
     assert grown < 40 * 1024, f"{grown} KiB more"
 
 
+def test_four_thousand_runs_take_6_kb_each_once_they_were_listed(
+    authority: Authority, serve: Serve, make_host: MakeHost
+) -> None:
+    server, runs = ModelServer(authority), 4000
+    serve(server)
+    daemon = make_host(Cluster(server))
+    daemon.start()
+    before = resident_kib(daemon.pid)
+    daemon.stop()
+    for number in range(runs):
+        server.put("jobs", job(number))
+        server.put("pods", pod(number, report=Report(finished=1, total=2)))
+    server.compact()
+    daemon.start()
+    counted = "SELECT count(*) AS n FROM runs WHERE pod_name IS NOT NULL"
+    wait_until(lambda: daemon.rows(counted)[0]["n"] == runs, 60, "all are in the cache")
+    grown = resident_kib(daemon.pid) - before
+    assert grown < 8 * runs, f"{grown} KiB more"
+
+
 # ---------------------------------------------------------------- who may ask
 
 

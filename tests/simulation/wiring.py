@@ -96,8 +96,8 @@ class SimCache(fabrik_daemon.CacheThread):
     def __init__(self, *parts: Any) -> None:
         super().__init__(*parts)
         self.simulation: Simulated
-        self._units: deque[list[fabrik_daemon.Statement]] = deque()
-        self._retried: list[list[fabrik_daemon.Statement]] = []
+        self._units: deque[fabrik_daemon.WriteUnit] = deque()
+        self._retried: list[fabrik_daemon.WriteUnit] = []
         self._due = False
         self.crashes_after_commit = False
         self.is_dead = False
@@ -112,7 +112,7 @@ class SimCache(fabrik_daemon.CacheThread):
     def is_idle(self) -> bool:
         return not self._units and not self._retried
 
-    def put(self, unit: list[fabrik_daemon.Statement]) -> None:
+    def put(self, unit: fabrik_daemon.WriteUnit) -> None:
         if unit and not self.is_dead:
             self._units.append(unit)
             self._schedule()
@@ -311,6 +311,7 @@ class Simulated:
             (fabrik_daemon, "raise_descriptor_limit", lambda: None),
             (fabrik_daemon, "file_times", lambda paths: tuple((path, self.files.get(path, 0.0)) for path in paths)),
             (fabrik_daemon, "LIST_PAGE_ITEMS", self.page),
+            (fabrik_daemon, "COMMIT_CHANGES", self.page),
             (fabrik_daemon, "SUBSCRIBER_QUEUE_LINES", self.queue_lines),
             (fabrik_daemon, "SNAPSHOT_ROWS", 7),
             (fabrik_daemon, "BATCH_OPERATIONS", self.batch),
