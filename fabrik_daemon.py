@@ -11159,6 +11159,63 @@ class Probe(ClientHandler):
         self._done(None, b"", error)
 
 
+class IdentityProbe:
+    """Asks a server who it is, the uid of kube-system: until it says so, and again now and then."""
+
+    def __init__(self, owner: WatchOwner, reactor: Reactor, timing: Timing, done: Callable[[str | None], None]) -> None:
+        """`done` gets the uid at each answer, None where there was none or the server does not tell."""
+        self._owner = owner
+        self._reactor = reactor
+        self._timing = timing
+        self._done = done
+        self._backoff = Backoff(timing, random.random)
+        self._probe: Probe | None = None
+        self._timer: Timer | None = None
+        self._again = False  # what is under way may be the answer of whoever was there before
+
+    def ask(self) -> None:
+        """Ask, or ask once more after the question that is under way."""
+        self._again = self._probe is not None
+        if self._probe is None:
+            self._after(self._timing.answer, self._on_silence)
+            self._probe = Probe(self._owner, "/api/v1/namespaces/kube-system", self._on_answer)
+
+    def cancel(self) -> None:
+        """Ask no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._probe is not None:
+            self._probe.cancel()
+
+    def _after(self, seconds: float, callback: Callable[[], None]) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._reactor.call_later(seconds, callback)
+
+    def _on_silence(self) -> None:
+        if self._probe is not None:
+            self._probe.cancel()
+        self._on_answer(None, b"", "")
+
+    def _on_answer(self, head: ResponseHead | None, body: bytes, _error: str) -> None:
+        self._probe = None
+        said = parse_json_object(body.decode("utf-8", "replace")) if head and head.status == 200 else None
+        uid = text_at(said, "metadata", "uid") if said else None
+        if head is not None:
+            self._owner.on_head(head)
+        self._after(self._pause(head, body, uid), self.ask)
+        self._done(uid)
+
+    def _pause(self, head: ResponseHead | None, body: bytes, uid: str | None) -> float:
+        """Return when to ask again, in seconds: a balancer may hand over to another cluster, and nothing else tell."""
+        if uid is None and (head is None or head.status not in (403, 404)):
+            return self._backoff.delay(refusal_from_response(head, body).retry_after_s if head is not None else None)
+        self._backoff.failures = 0
+        if self._again:
+            return 0.0
+        return self._timing.relist * (0.9 + 0.2 * random.random()) if uid else self._timing.forbidden_retry
+
+
 class ClusterState:
     """How a cluster's watches are, taken together."""
 
@@ -11237,7 +11294,7 @@ class Cluster(ClusterState):
         self._timing = timing
         self._connection: Connection | None = None
         self._route: Route | None = None
-        self._probe: Probe | None = None
+        self._identity_probe = IdentityProbe(self, reactor, timing, self._on_identity)
         self._timers: dict[str, Timer] = {}  # one of each kind
         self._resolving = False
         self._begun = False  # the watches are on their way
@@ -11269,8 +11326,7 @@ class Cluster(ClusterState):
             watcher.stop()
         for timer in self._timers.values():
             timer.cancel()
-        if self._probe is not None:
-            self._probe.cancel()
+        self._identity_probe.cancel()
 
     def recycle(self, reason: str) -> None:
         """Give up all connections and go on over others."""
@@ -11329,9 +11385,9 @@ class Cluster(ClusterState):
         """Take in that a watch is in another state; one that comes back may have found another cluster."""
         if watcher.told.error:
             self._was_away = True
-        elif watcher.told.state == WATCHING and self._was_away:
+        elif watcher.told.state == WATCHING and self._was_away and not self._stopped:
             self._was_away = False
-            self._ask_identity()
+            self._identity_probe.ask()
         self._sink.on_cluster_state(self.spec.name)
 
     def _on_resolved(self, result: Connection | FabrikError) -> None:
@@ -11354,7 +11410,7 @@ class Cluster(ClusterState):
     def _go_on(self, before: Connection | None, now: Connection) -> None:
         if not self._begun:
             self._after("identity", self._timing.identity, self._begin)
-            self._ask_identity()
+            self._identity_probe.ask()
         elif before is not None and before.identity != now.identity:
             for watcher in self.watchers:
                 watcher.relist("the kubeconfig has changed")
@@ -11378,26 +11434,8 @@ class Cluster(ClusterState):
         if seconds is not None:
             self._timers[kind] = self._reactor.call_later(seconds, callback)
 
-    def _ask_identity(self) -> None:
-        if self._probe is None and not self._stopped:
-            self._after("probe", self._timing.answer, self._forget_probe)
-            self._probe = Probe(self, "/api/v1/namespaces/kube-system", self._on_identity)
-
-    def _forget_probe(self) -> None:
-        """Ask again: a server that did not answer may do so later."""
-        if self._probe is not None:
-            self._probe.cancel()
-            self._probe = None
-            self._ask_identity()
-
-    def _on_identity(self, head: ResponseHead | None, body: bytes, _error: str) -> None:
-        """Take in kube-system; a server that does not tell its uid is known by its address and CA."""
-        self._probe = None
-        self._after("probe", None, self._forget_probe)
-        said = parse_json_object(body.decode("utf-8", "replace")) if head and head.status == 200 else None
-        uid = text_at(said, "metadata", "uid") if said else None
-        if head is not None:
-            self.on_head(head)
+    def _on_identity(self, uid: str | None) -> None:
+        """Take in who the server is; one that does not tell its uid is known by its address and CA."""
         before, self.uid = self.uid, uid or self.uid
         if uid and before and uid != before:
             self._on_new_epoch()

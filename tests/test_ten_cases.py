@@ -63,12 +63,12 @@ def make(executable: Path, unpacked: Path, tmp_path: Path) -> Iterator[Make]:
 
 
 class Model(ModelServer):
-    """A model that may stand behind a relay, be asked who it is in vain, and send bookmarks by itself."""
+    """A model that may stand behind a relay, be asked who it is in vain, and change between two pages."""
 
     def __init__(self, authority: Authority | None = None, *, token: str = "", initial_events: str = "refuse") -> None:
         super().__init__(authority, token=token, initial_events=initial_events)
         self.relay: Relay | None = None
-        self.hangs_on_identity = False
+        self.on_identity: Callable[[Exchange], None] | None = None  # in place of the answer
         self.at_page: Callable[[], None] | None = None
 
     @property
@@ -77,13 +77,17 @@ class Model(ModelServer):
         return f"https://127.0.0.1:{self.relay.port}" if self.relay else super().url
 
     def answer(self, exchange: Exchange) -> None:
-        """Answer, or never say who it is."""
-        if self.hangs_on_identity and exchange.seen.path.endswith("/kube-system"):
-            with self.changed:
-                self.changed.wait_for(lambda: self.stopping)
-            exchange.hang_up()
+        """Answer, or do not say who it is."""
+        if self.on_identity and exchange.seen.path.endswith("/kube-system"):
+            self.on_identity(exchange)
         else:
             super().answer(exchange)
+
+    def hang(self, exchange: Exchange) -> None:
+        """Never answer."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.stopping)
+        exchange.hang_up()
 
     def list_page(self, request: Request, resource: str, selector: Any) -> Response:
         """Answer a LIST, after what a test wants to happen before a further page."""
@@ -431,20 +435,85 @@ def test_another_cluster_behind_the_same_name_is_listed_anew(
     assert rows[run_id(2)]["status"] == "finished"
 
 
+@pytest.mark.parametrize("how", ["hangs", "breaks off", "503", "429", "rubbish", "403"])
 def test_a_server_that_does_not_say_who_it_is_at_first_is_asked_again(
-    authority: Authority, serve: Serve, make: Make
+    how: str, authority: Authority, serve: Serve, make: Make
 ) -> None:
-    """One question without an answer must not be the last one."""
+    """One question without an answer must not be the last one, even where the watches are in no trouble at all."""
     server = Model(authority)
     serve(server)
-    server.hangs_on_identity = True
+    asked: list[Exchange] = []
+    answers = {
+        "503": refusal(503, "ServiceUnavailable", "no leader"),
+        "429": refusal(429, "TooManyRequests", "try again later"),
+        "rubbish": refusal(200, "OK", "not a namespace"),
+        "403": refusal(403, "Forbidden", "namespaces is forbidden"),
+    }
+
+    def evade(exchange: Exchange) -> None:
+        asked.append(exchange)
+        if how in answers:
+            exchange.send(answers[how])
+        elif how == "hangs":
+            server.hang(exchange)
+        else:
+            exchange.hang_up(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{")
+
+    server.on_identity = evade
     server.put("jobs", job(1))
-    daemon = make(Cluster(server), identity="500ms", answer="2s")
+    daemon = make(Cluster(server), identity="500ms", answer="2s", forbiddenRetry="1s")
     daemon.launch()
     daemon.wait_connected()
-    server.hangs_on_identity = False
-    server.end_watches(clean=False)
-    wait_until(lambda: daemon.cluster()["uid"] == server.uid, PATIENCE_S / 2, "asked again who it is")
+    wait_until(lambda: len(asked) > 1, PATIENCE_S, "asked again who it is")
+    assert daemon.cluster()["uid"] is None
+    server.on_identity = None
+    wait_until(lambda: daemon.cluster()["uid"] == server.uid, PATIENCE_S, "who it is")
+    assert daemon.cluster()["connected"]
+
+
+def test_an_answer_from_before_the_trouble_is_not_the_last_word_on_who_a_server_is(
+    authority: Authority, serve: Serve, make: Make
+) -> None:
+    """The first cluster's answer may be under way while the watches are back already, from another cluster."""
+    server = Model(authority)
+    serve(server)
+    asked, released = threading.Event(), threading.Event()
+
+    def answer_late(exchange: Exchange) -> None:
+        server.on_identity = None
+        said = server.other(exchange.seen.path)
+        asked.set()
+        released.wait(PATIENCE_S)
+        exchange.send(said)
+
+    server.on_identity = answer_late
+    server.put("jobs", job(1))
+    daemon = make(Cluster(server), identity="500ms")
+    daemon.launch()
+    daemon.wait_connected()
+    assert asked.is_set()
+    server.collections["jobs"].objects.clear()
+    server.rewind(5000, uid=OTHER_UID)
+    server.put("jobs", job(3))
+    wait_until(lambda: run_id(3) in daemon.run_rows(), PATIENCE_S, "the other cluster's runs")
+    daemon.wait_connected()
+    released.set()
+    wait_until(lambda: daemon.cluster()["uid"] == OTHER_UID, PATIENCE_S, "another identity")
+    daemon.wait_connected()
+
+
+def test_who_a_server_is_is_asked_now_and_then(authority: Authority, serve: Serve, make: Make) -> None:
+    """A balancer may hand over to another cluster at the clean end of a watch, with nothing else to tell."""
+    server = Model(authority)
+    serve(server)
+    server.put("jobs", job(1))
+    daemon = make(Cluster(server), relist="2s")
+    daemon.launch()
+    daemon.wait_connected()
+    wait_until(lambda: daemon.cluster()["uid"] == server.uid, PATIENCE_S, "who it is")
+    server.uid = OTHER_UID
+    wait_until(lambda: daemon.cluster()["uid"] == OTHER_UID, PATIENCE_S, "another identity")
+    daemon.wait_connected()
 
 
 def test_events_that_came_with_the_end_of_a_connection_are_not_lost(

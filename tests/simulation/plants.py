@@ -91,8 +91,8 @@ def ignored_uid() -> Replaced:
     """Another cluster behind the name goes unnoticed."""
     real = fabrik_daemon.Cluster._on_identity
 
-    def on_identity(cluster: Any, head: Any, body: bytes, error: str) -> None:
-        real(cluster, head, b"{}" if cluster.uid else body, error)
+    def on_identity(cluster: Any, uid: str | None) -> None:
+        real(cluster, None if cluster.uid else uid)
 
     return [(fabrik_daemon.Cluster, "_on_identity", on_identity)]
 
