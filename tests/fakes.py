@@ -421,13 +421,14 @@ class KubernetesApi(ApiServer):
         if request.query.get("resourceVersion") == "0" and not self.pages_at_zero:
             limit = 0
         with self.changed:
-            version, items = self.version(resource), self.collections[resource].select(selector)
-            if token:
-                if token not in self._pages:
-                    return refusal(400, "BadRequest", "invalid continue token: continue key is not valid")
+            if not token:
+                version, items = self.version(resource), self.collections[resource].select(selector)
+            elif token in self._pages:
                 version, items = self._pages[token]
                 if version < 0:
                     return self._expired_token(resource, items)
+            else:
+                return refusal(400, "BadRequest", "invalid continue token: continue key is not valid")
             metadata: JsonObject = {"resourceVersion": str(version)}
             if 0 < limit < len(items):
                 metadata["continue"] = self._new_page(version, items[limit:])

@@ -27,20 +27,12 @@ from typing import Any, Final
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-from bench.measuring import (  # noqa: E402 - found through the path above
-    WARM_UP,
-    Changes,
-    cpu_s,
-    followed,
-    note_what_is_sent,
-    options,
-    percentiles_ms,
-    resident_mb,
-    show,
-)
+from bench.changing import WARM_UP  # noqa: E402 - found through the path above
+from bench.measuring import cpu_s, followed, options, percentiles_ms, resident_mb, show  # noqa: E402
 from harness import wait_until  # noqa: E402
 
 WAIT_S: Final = 120.0
+LAST: Final = "SELECT count(*) AS n FROM runs WHERE progress_finished = ?"
 NUMBER: Final = re.compile(rb'"finished":(\d+)')
 PREFACES: Final = {
     "lines": b"",
@@ -87,7 +79,7 @@ def read_until(last: int, socks: list[socket.socket], times: list[array.array[fl
         assert ready or unread, f"{waiting} subscribers were not told of the last change within {WAIT_S} s"
         for number, _ in ready:
             data = by_number[number].recv(1 << 20)
-            unread.append((number, time.perf_counter(), data))
+            unread.append((number, time.monotonic(), data))
         if not ready:
             for number, at, received in unread:
                 assert received, "the daemon hung up"
@@ -105,28 +97,23 @@ def read_until(last: int, socks: list[socket.socket], times: list[array.array[fl
 
 def measure(count: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what so many subscribers cost."""
-    sent = note_what_is_sent()
     words = ["--count", str(count), "--changes", str(arguments.changes), "--framing", arguments.framing]
     words += ["--deaf"] if arguments.deaf else []
-    with followed(arguments.runs, arguments.python) as (server, host):
-        changes = Changes(server, arguments.runs, arguments.rate)
-        with subprocess.Popen(
-            [sys.executable, __file__, "--socket", str(host.socket), *words],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        ) as readers:
+    with followed(arguments.runs, arguments.rate, arguments.python) as (server, daemon):
+        command = [sys.executable, __file__, "--socket", str(daemon.socket_path), *words]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as readers:
             assert readers.stdin
             assert readers.stdout
             assert readers.stdout.readline() == b"connected\n"
-            before_s = cpu_s(host.pid)
-            with changes.being_made(arguments.changes) as numbers:
+            before_s = cpu_s(daemon.pid)
+            with server.changes(arguments.changes) as numbers:
                 told = {} if arguments.deaf else json.loads(readers.stdout.readline())
-            host.settle()
-            used_s, memory_mb = cpu_s(host.pid) - before_s, resident_mb(host.pid)
-            dropped = host.status()["events_dropped"]
+            wait_until(lambda: daemon.rows(LAST, numbers[-1])[0]["n"], WAIT_S, "the last change is in the cache")
+            used_s, memory_mb = cpu_s(daemon.pid) - before_s, resident_mb(daemon.pid)
+            dropped = daemon.ask("status")["events_dropped"]
             readers.stdin.close()
-        wait_until(lambda: host.status()["subscribers"] == 0, WAIT_S, "the subscribers are let go")
-    late = [[at - sent[number] for at in told.get(str(number), ())] for number in numbers]
+        wait_until(lambda: daemon.ask("status")["subscribers"] == 0, WAIT_S, "the subscribers are let go")
+        late = [[at - server.sent[number] for at in told.get(str(number), ())] for number in numbers]
     assert arguments.deaf or all(len(times) == count for times in late), "each is told of each change once"
     return {
         "subscribers": count,

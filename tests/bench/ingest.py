@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-from bench.measuring import bounded, cpu_s, kubectl, options, resident_mb, serving, thread_cpu_s  # noqa: E402
+from bench.measuring import SETTLE_S, bounded, cpu_s, kubectl, options, resident_mb, serving, thread_cpu_s  # noqa: E402
 from bench.peers import installed, make_environments  # noqa: E402
 from harness import wait_until  # noqa: E402
 from pod_server import PodServer, Work, recorded_event  # noqa: E402
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     Ends = Callable[[Iterable[bytes]], bool]  # reads a client's lines until it has the last change; False: they ended
 
 PATIENCE_S: Final = 240.0  # for the daemon, and for each client
-SETTLE_S: Final = 1.0  # what a start leaves to do is not what is measured
 BARE: Final = """
 import json, sys, time
 lines = sys.stdin.buffer.read().splitlines()

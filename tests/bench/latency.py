@@ -24,27 +24,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-from bench.measuring import (  # noqa: E402 - found through the path above
-    TOKEN,
-    WARM_UP,
-    Changes,
-    bounded,
-    followed,
-    kubectl,
-    model,
-    note_what_is_sent,
-    options,
-    percentiles_ms,
-    show,
-)
+from bench.changing import WARM_UP, ChangingServer  # noqa: E402 - found through the path above
+from bench.measuring import bounded, followed, kubectl, options, percentiles_ms, show  # noqa: E402
 from clients import LinesClient  # noqa: E402
-from harness import wait_until  # noqa: E402
 
 if TYPE_CHECKING:
     import argparse
     from multiprocessing.connection import Connection
 
-    Times = dict[int, float]  # when a change was seen, by its number
+    Times = dict[int, float]  # when each change was seen, by its number
 
 LOOK_S: Final = 0.0005
 PATIENCE_S: Final = 60.0
@@ -57,18 +45,26 @@ TASKS: Final = (
 # ---------------------------------------------------------------- who sees them
 
 
-def at_subscriber(socket: Path, changes: Changes, count: int) -> Times:
-    """Return when a subscriber had read each change."""
+def late(server: ChangingServer, numbers: range, seen: Times) -> list[float]:
+    """Return how long each of these changes took, in seconds; each must have been seen."""
+    missing = [number for number in numbers if number not in seen]
+    assert not missing, f"{len(missing)} changes of {len(numbers)} were never seen"
+    return [seen[number] - server.sent[number] for number in numbers]
+
+
+def to_subscriber(socket: Path, server: ChangingServer, count: int) -> list[float]:
+    """Return how long changes take until a subscriber has read them."""
     seen: Times = {}
     with LinesClient(socket, PATIENCE_S) as subscriber:
         subscriber.ask("subscribe", clusters=["*"])
-        with changes.being_made(count) as numbers:
+        with server.changes(count) as numbers:
             while numbers[-1] not in seen:
-                line, now = subscriber.line(), time.perf_counter()
+                line, now = subscriber.line(), time.monotonic()
+                assert line, "the daemon hung up"
                 for number in map(int, NUMBER.findall(line)[:1]):
                     assert number not in seen, f"change {number} was told twice"
                     seen[number] = now
-    return {number: at for number, at in seen.items() if number in numbers}
+    return late(server, numbers, seen)
 
 
 def look(cache: str, last: int, seen: Connection) -> None:
@@ -85,53 +81,46 @@ def look(cache: str, last: int, seen: Connection) -> None:
             continue
         version = now
         rows = connection.execute(TASKS, (position,)).fetchall()
-        at = time.perf_counter()
+        at = time.monotonic()
         for position, task in rows:  # noqa: B007 - the last one counts afterwards
             times.setdefault(int(task.partition(":")[0]), at)
     connection.close()
     seen.send(times)
 
 
-def in_cache(cache: Path, changes: Changes, count: int) -> Times:
-    """Return when each change could be read in the cache by another process."""
+def to_cache(cache: Path, server: ChangingServer, count: int) -> list[float]:
+    """Return how long changes take until another process can read them in the cache."""
     processes = multiprocessing.get_context("spawn")
     ours, theirs = processes.Pipe()
-    reader = processes.Process(target=look, args=(str(cache), changes.made + WARM_UP + count, theirs))
+    reader = processes.Process(target=look, args=(str(cache), server.made + WARM_UP + count, theirs))
     reader.start()
     assert ours.recv() == "ready"
-    with changes.being_made(count) as numbers:
+    with server.changes(count) as numbers:
         pass
     seen: Times = ours.recv()
     reader.join()
-    return {number: at for number, at in seen.items() if number in numbers}
+    return late(server, numbers, seen)
 
 
-def at_kubectl(program: str, runs: int, rate: float, count: int) -> Times:
-    """Return when each change of a server was a line of kubectl's stdout; the n-th such line is the n-th change."""
+def to_kubectl(program: str, runs: int, rate: float, count: int) -> list[float]:
+    """Return how long changes take to be lines of kubectl's stdout; the n-th such line is the n-th change."""
     seen: Times = {}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fabrik-bench-")))
-        server = stack.enter_context(model(runs))
-        changes = Changes(server, runs, rate)
+        server = stack.enter_context(ChangingServer(runs, rate, folder))
         command = [program, "get", "pods", "-n", "fabrik-runs", "--watch", "--output-watch-events"]
-        environment = {
-            **os.environ,
-            "HOME": str(folder),
-            "KUBECONFIG": str(server.kubeconfig(folder / "config", TOKEN)),
-        }
+        environment = {**os.environ, "HOME": str(folder), "KUBECONFIG": str(server.path)}
         process = stack.enter_context(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE))
         stack.enter_context(bounded(process, PATIENCE_S))
         assert process.stdout
-        wait_until(lambda: server.watches, PATIENCE_S, "kubectl watches")
-        number = 0
-        with changes.being_made(count) as numbers:
+        with server.changes(count) as numbers:
             for line in process.stdout:
-                now = time.perf_counter()
-                number += line.startswith(b"MODIFIED")
-                seen.setdefault(number, now)
-                if number == numbers[-1]:
+                now = time.monotonic()
+                if line.startswith(b"MODIFIED"):
+                    seen[len(seen) + 1] = now
+                if numbers[-1] in seen:
                     break
-    return {number: at for number, at in seen.items() if number in numbers}
+    return late(server, numbers, seen)
 
 
 # ---------------------------------------------------------------- what comes of it
@@ -139,26 +128,18 @@ def at_kubectl(program: str, runs: int, rate: float, count: int) -> Times:
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the percentiles of each, in milliseconds."""
-    sent = note_what_is_sent()
     program = kubectl()
-    late: dict[str, list[float]] = {"subscriber": [], "cache": [], "kubectl": []}
-
-    def add(wire_to: str, seen: Times, count: int) -> None:
-        assert len(seen) == count, f"{wire_to}: {count - len(seen)} changes of {count} were never seen"
-        late[wire_to] += [at - sent[number] for number, at in seen.items()]
-
-    with followed(arguments.runs, arguments.python) as (server, host):
-        changes = Changes(server, arguments.runs, arguments.rate)
+    told, shown = [], []
+    with followed(arguments.runs, arguments.rate, arguments.python) as (server, daemon):
         each = max(1, arguments.changes // arguments.turns)
         for _ in range(arguments.turns):
-            add("subscriber", at_subscriber(host.socket, changes, each), each)
-            if program:
-                add("kubectl", at_kubectl(program, arguments.runs, arguments.rate, each), each)
-        add("cache", in_cache(host.cache, changes, arguments.cached), arguments.cached)
+            told += to_subscriber(daemon.socket_path, server, each)
+            shown += to_kubectl(program, arguments.runs, arguments.rate, each) if program else []
+        cached = to_cache(daemon.cache, server, arguments.cached)
     shares = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
     return [
         {"wire_to": name, "changes": len(times), **percentiles_ms(times, **shares)}
-        for name, times in late.items()
+        for name, times in (("subscriber", told), ("cache", cached), ("kubectl", shown))
         if times
     ]
 

@@ -18,21 +18,17 @@ from typing import TYPE_CHECKING, Any, Final
 ROOT: Final = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
-import fakes_http  # noqa: E402 - found through the path above
-from fabrik_objects import Report, job, pod  # noqa: E402
+from bench.changing import ChangingServer  # noqa: E402 - found through the path above
 from harness import Cluster  # noqa: E402
-from hosts import Host  # noqa: E402
 from links import LooseDaemon  # noqa: E402
-from pod_server import KubectlServer, PodServer, Work  # noqa: E402
-from tables import table_of_event, wants_table  # noqa: E402
+from pod_server import PodServer, Work  # noqa: E402
 
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 EXECUTABLE: Final = ROOT / "dist" / "fabrik-daemon"
-TOKEN: Final = fakes_http.Access(auth="token")
-WARM_UP: Final = 100  # changes before those that are measured: the first ones grow memory
+SETTLE_S: Final = 1.0  # what a start leaves to do is not what is measured
 
 
 # ---------------------------------------------------------------- options and output
@@ -142,84 +138,16 @@ def serving(works: Sequence[Work], python: str = sys.executable) -> Iterator[tup
 
 
 @contextlib.contextmanager
-def model(runs: int) -> Iterator[KubectlServer]:
-    """Yield a server in this process with runs that can be changed."""
-    server = KubectlServer(fakes_http.Authority(), token="a-bearer-token")
-    for number in range(runs):
-        server.put("jobs", job(number))
-        server.put("pods", pod(number, report=Report(task="0:impl", finished=0, total=10**9)))
-    with server:
-        yield server
-    assert not server.violations, f"something else than GET was asked for: {server.violations}"
-
-
-@contextlib.contextmanager
-def followed(runs: int, python: str = sys.executable) -> Iterator[tuple[KubectlServer, Host]]:
-    """Yield such a server, and a daemon that follows it."""
+def followed(runs: int, rate: float, python: str = sys.executable) -> Iterator[tuple[ChangingServer, LooseDaemon]]:
+    """Yield a server whose runs can be changed, and a daemon that follows it."""
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fabrik-bench-")))
-        server = stack.enter_context(model(runs))
-        host = stack.enter_context(Host(EXECUTABLE, unpacked(folder), folder / "host", [Cluster(server, access=TOKEN)]))
-        host.python = python
-        host.start()
-        host.settle()
-        yield server, host
-        host.stop()
-
-
-# ---------------------------------------------------------------- one change after the other
-
-
-def note_what_is_sent() -> dict[int, float]:
-    """Have every watch of a model server note when a change is about to be sent, by its number; make tables, too."""
-    sent: dict[int, float] = {}
-    send = fakes_http.Exchange.send_chunks
-
-    def send_chunks(self: fakes_http.Exchange, chunks: Iterable[bytes]) -> None:
-        listed = list(chunks)
-        if wants_table(self.seen):
-            listed = [table_of_event(chunk, first=True) for chunk in listed]
-        numbers = [number_in(chunk) for chunk in listed]
-        now = time.perf_counter()
-        sent.update((number, now) for number in numbers if number is not None)
-        send(self, listed)
-
-    fakes_http.Exchange.send_chunks = send_chunks  # type: ignore[method-assign]
-    return sent
-
-
-def number_in(chunk: bytes) -> int | None:
-    """Return the number of the change in an event of a watch, None where there is none."""
-    _, found, rest = chunk.partition(b'\\"finished\\":')
-    return int(rest.partition(b",")[0]) if found else None
-
-
-class Changes:
-    """Changes to runs, one each `1 / rate` seconds, whatever becomes of those before."""
-
-    def __init__(self, server: KubectlServer, runs: int, rate: float) -> None:
-        """Make none yet; they go round so many runs."""
-        self._server = server
-        self._runs = runs
-        self._rate = rate
-        self.made = 0  # so far
-
-    def make(self, count: int) -> None:
-        """Make so many, numbered on from those before."""
-        begun_at = time.perf_counter()
-        for number in range(1, count + 1):
-            time.sleep(max(0.0, begun_at + number / self._rate - time.perf_counter()))
-            self.made += 1
-            report = Report(task=f"{self.made}:impl", finished=self.made, total=10**9)
-            self._server.put("pods", pod(self.made % self._runs, report=report))
-
-    @contextlib.contextmanager
-    def being_made(self, count: int) -> Iterator[range]:
-        """Make so many while the block runs, after a warm-up; yield the numbers of those that are measured."""
-        numbers = range(self.made + WARM_UP + 1, self.made + WARM_UP + count + 1)
-        making = threading.Thread(target=self.make, args=(WARM_UP + count,))
-        making.start()
-        try:
-            yield numbers
-        finally:
-            making.join()
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fabrik-bench-")))
+        server = stack.enter_context(ChangingServer(runs, rate, root))
+        daemon = LooseDaemon((EXECUTABLE, unpacked(root), root / "daemon"), [Cluster(server)])  # type: ignore[arg-type]
+        daemon.python = python
+        stack.callback(daemon.kill)
+        daemon.launch()
+        daemon.wait_connected()
+        time.sleep(SETTLE_S)
+        yield server, daemon
+        daemon.stop()
