@@ -1,7 +1,8 @@
 """The API servers of benchmarks: one that kubectl can talk to, and a process that serves runs and their changes.
 
-The changes are those of a recorded Pod, ids, names, versions and progress made to vary; they are bytes before the
-clock starts, and so are the items of lists, so that the server costs little while a client is measured.
+The changes are those of a recorded Pod, with ids, names, and what each report changes: version, progress, and when, in
+its annotation and in managedFields. They are bytes before the clock starts, and so are the items of lists, so that the
+server costs little while a client is measured.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ WRITE_BYTES: Final = 1 << 20
 SCHEDULES: Final = 5
 _PROGRESS: Final = re.compile(rb'\\"finished\\":\d+,\\"total\\":\d+')
 _VERSION: Final = re.compile(rb'"resourceVersion":"\d+"')
+_REPORTED: Final = re.compile(rb'("fabrik\.dev/updated":"|"manager":"smithers",[^{}]*"time":")[^"]*')
 _TASK: Final = b'"fabrik.dev/task":"16:impl"'
 
 
@@ -73,6 +75,7 @@ class Work(NamedTuple):
             line = _VERSION.sub(b'"resourceVersion":"%d"' % (FIRST_VERSION + number), template, 1)
             said = rb"\"finished\":%d,\"total\":%d" % (number // self.runs, self.events)
             line = _PROGRESS.sub(said.replace(b"\\", b"\\\\"), line, 1)
+            line = _REPORTED.sub(rb"\g<1>%s" % fabrik_objects.time_text(number // self.runs).encode(), line)
             yield line.replace(_TASK, b'"fabrik.dev/task":"last"') if number == self.events - 1 else line
 
     def pods(self) -> Iterator[JsonObject]:
