@@ -77,8 +77,8 @@ FUNCTION_LINES: Final = 50
 FUNCTION_MEAN_LINES: Final = 15
 
 # What makes a start cheap: lazy imports, and stand-ins for what typing would cost.
-START_HELPERS: Final = {"_lazy", "_Lazy", "_ForCheckers", "_Fields"}
-START_NAMES: Final = {"TYPE_CHECKING = False", "Protocol = object"}
+START_HELPERS: Final = {"_lazy", "_Lazy", "_ForCheckers", "_Fields", "late"}
+START_NAMES: Final = {"TYPE_CHECKING = False", "Protocol = object", "_Made = TypeVar('_Made')"}
 
 CLOCKS: Final = frozenset({"time", "monotonic", "perf_counter"})
 CORE_MODULES: Final = (

@@ -16,8 +16,10 @@ import pytest
 from commands import Shell, build_cache, refused
 from fakes import Access, Authority, ModelServer
 from harness import wait_until
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from fabrik_daemon import COMMANDS
+from fabrik_daemon import COMMANDS, Command, UsageError, make_parser, parse_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -129,6 +131,70 @@ MISTAKES: Final = {
     "runs list --out json": "--out",
     "\x1b[2J": "",
 }
+
+
+def flags_of(command: Command) -> dict[str, bool]:
+    """Return a command's flags, and whether each takes a value."""
+    help_text = make_parser(command).format_help()
+    return {flag: bool(value) for flag, value in re.findall(r"(?<![\w-])(--?[a-z-]+)(?: ([A-Z{]))?", help_text)}
+
+
+VALUES: Final = (
+    "1",
+    "0",
+    "5m",
+    "json",
+    "table",
+    "failed",
+    "bash",
+    "deployment",
+    "prod",
+    "A=1",
+    "-1",
+    "-x",
+    "",
+    "a=b",
+    "-",
+)
+
+
+@st.composite
+def lines(draw: st.DrawFn) -> tuple[Command, list[str]]:
+    """Draw a command and words behind it, most of them right. Python 3.9's argparse breaks at `--reverse=`."""
+    command = draw(st.sampled_from(COMMANDS))
+    flags = flags_of(command)
+    words: list[str] = []
+    for _ in range(draw(st.integers(0, 4))):
+        flag, value = draw(st.sampled_from(sorted(flags))), draw(st.sampled_from(VALUES))
+        usual = [flag, value] if flags[flag] else [flag]
+        words += draw(st.sampled_from((usual, usual, [f"{flag}={value or 7}"], [flag], [value], [flag[:-1]], ["--"])))
+    return command, words
+
+
+def said(read: Callable[[], object]) -> object:
+    """Return what was read, or what was said of a mistake."""
+    try:
+        return vars(read())
+    except UsageError as error:
+        return str(error)
+
+
+@settings(deadline=None, max_examples=500, suppress_health_check=[HealthCheck.too_slow])
+@given(lines())
+def test_plain_words_say_what_argparse_reads_in_them(line: tuple[Command, list[str]]) -> None:
+    command, words = line
+    assert said(lambda: parse_arguments(command, words)) == said(lambda: make_parser(command).parse_args(words))
+
+
+def test_a_list_imports_only_what_it_needs(shell: Shell) -> None:
+    build_cache(shell.cache, 10)
+    shell.run("--version")  # the first start unpacks the executable
+    for words in ("runs list --limit 5", "warnings list --since=1d -o jsonl --cluster test"):
+        done = shell.run(*words.split(), env={"PYTHONPROFILEIMPORTTIME": "1"})
+        assert done.code == 0, done.stderr
+        imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+        assert "sqlite3" in imported
+        assert not imported & {"argparse", "gettext", "locale", "typing", "dataclasses", "yaml", "socket", "logging"}
 
 
 @pytest.mark.parametrize("words", MISTAKES, ids=ascii)

@@ -94,6 +94,16 @@ def test_a_time_is_the_same_in_every_zone(moment: datetime, offset: int) -> None
     assert time_text(there.isoformat()) == whole.isoformat().replace("+00:00", "Z")
 
 
+@settings(deadline=None, max_examples=400)
+@given(
+    st.sampled_from((19, 23)),
+    st.dictionaries(st.integers(0, 22), st.sampled_from("0129-+:.,TWZ_ \u0662\u00b2"), max_size=3),
+)
+def test_the_usual_form_of_a_time_is_read_as_any_other(length: int, wrong: dict[int, str]) -> None:
+    text = "".join(wrong.get(place, char) for place, char in enumerate("2026-11-23T12:00:00.250"[:length]))
+    assert epoch_of(f"{text}Z") == epoch_of(f"{text}+00:00")
+
+
 def test_a_row_s_time_has_whole_seconds_so_that_it_sorts_as_text() -> None:
     assert time_text("2026-11-23T13:00:00.999+01:00") == "2026-11-23T12:00:00Z"
     assert time_text("1969-12-31T23:59:59.5Z") == "1969-12-31T23:59:59Z"
