@@ -227,7 +227,9 @@ def test_a_condition_that_is_unknown_or_not_true_ends_nothing() -> None:
 
 def test_reports_on_the_job_stand_in_for_those_the_pod_does_not_make() -> None:
     facts = job_facts(job(1), report=said(phase="review", task="1:a", reason="because"))
-    row = run_row(Place("c", NAMESPACE, RUN), RUN, facts, UP._replace(report=said(phase="implement")), GOING)
+    row = run_row(
+        Place("c", NAMESPACE, RUN), RUN, facts, UP._replace(report=said(phase="implement")), GOING, time_text(90)
+    )
     assert (row.phase, row.current_task) == ("implement", "1:a")
 
 
@@ -623,7 +625,7 @@ def test_what_follows_from_the_status() -> None:
     facts = pod_facts(pod(1, report=Report(task="1:a", updated=time_text(30))))
 
     def row(status: str, ended_at: str | None, told: PodFacts = facts) -> Run:
-        return run_row(Place("c", NAMESPACE, RUN), RUN, ACTIVE, told, Verdict(status, None, ended_at))
+        return run_row(Place("c", NAMESPACE, RUN), RUN, ACTIVE, told, Verdict(status, None, ended_at), time_text(90))
 
     expected = {PENDING: None, RUNNING: "in-progress", BLOCKED: "in-progress", FINISHED: FINISHED, FAILED: FAILED}
     for status, task_status in expected.items():
@@ -637,7 +639,7 @@ def test_what_follows_from_the_status() -> None:
 
 def test_a_run_s_row_says_what_its_job_and_pod_say() -> None:
     told = pod_facts(pod(1, report=Report(updated=time_text(30))))
-    row = run_row(Place("c", NAMESPACE, RUN), RUN, ACTIVE, told, GOING)
+    row = run_row(Place("c", NAMESPACE, RUN), RUN, ACTIVE, told, GOING, time_text(90))
     assert row._replace(pod_name=None, job_uid=None) == Run(
         RUN,
         "c",
@@ -651,6 +653,7 @@ def test_a_run_s_row_says_what_its_job_and_pod_say() -> None:
         template="coding",
         created_at=time_text(),
         updated_at=time_text(30),
+        last_sync_at=time_text(90),
         id=RUN,
         project="myapp",
         phase="implement",
