@@ -374,6 +374,8 @@ CACHE_BUSY_MS: Final = 10_000  # others write only when a cluster is synced with
 SEQ_BLOCK: Final = 10_000  # sequence numbers reserved at once, so that a crash never reissues one
 QUERY_ROWS: Final = 10_000
 QUERY_MEMORY_BYTES: Final = 512 * 2**20
+QUERY_ANSWER_BYTES: Final = 16 * 2**20  # of the daemon's `query`; 10,000 whole runs are 7 MB
+QUERY_NICE: Final = 10  # added to the process's own: whoever shares the processors goes first, the daemon above all
 RUN_EVENTS_SHOWN: Final = 1000
 COMPLETED_WORDS: Final = 500  # that a shell is told of
 WATCH_ALIGNED_ROWS: Final = 200  # of a list, that a row which changes is aligned with
@@ -6646,6 +6648,7 @@ class Reply(NamedTuple):
     rows: Sequence[JsonObject | Row] = ()
     etag: str = ""  # the same for the same answer
     media_type: str = ""  # over HTTP, the body's `text` goes alone, as this
+    members: bytes = b""  # more of it, which another process has written: a JSON object in ASCII on one line
 
 
 class Later(NamedTuple):
@@ -6688,8 +6691,8 @@ class Knowledge(Protocol):
     def run_details(self, run: Run) -> JsonObject:
         """Return a run's events, volumes and warnings; takes disk. Raises CacheError."""
 
-    def query(self, sql: str) -> JsonObject:
-        """Return `columns` and `rows` of user SQL; takes a process. Raises FabrikError."""
+    def query(self, sql: str) -> bytes:
+        """Return `columns`, `rows` and `is_cut` of user SQL as a JSON text; takes a process. Raises FabrikError."""
 
     def logs(self, lines: int, level: str) -> list[JsonObject]:
         """Return the last log lines of at least a level."""
@@ -6797,7 +6800,7 @@ class Requests:
         if not isinstance(sql, str):
             raise UsageError("query needs sql", 'write {"action": "query", "sql": "SELECT ..."}')
         parts = [part._asdict() for part in self._synced(())]
-        return Later(lambda: Reply({**self._knowledge.query(sql), "clusters": parts}))
+        return Later(lambda: Reply({"clusters": parts}, members=self._knowledge.query(sql)))
 
     def _logs(self, request: JsonObject) -> Answer:
         lines, level = _number(request, "lines", 100), request.get("level") or "debug"
@@ -6836,6 +6839,7 @@ class Requests:
         return check_synced(self._knowledge.freshness(), clusters)
 
 
+TEXT_PIECE_BYTES: Final = 64 * 1024
 _READING: Final = frozenset(("runs", "run", "schedules", "volumes", "warnings", "clusters", "query"))
 _LIST_NAMES: Final[dict[type[TableRow], str]] = {
     Run: "runs",
@@ -6930,8 +6934,14 @@ def error_message(error: FabrikError, request: JsonObject) -> JsonObject:
 
 
 def reply_pieces(reply: Reply, request: JsonObject) -> Iterator[bytes]:
-    """Yield a reply as one line of JSON; a long list some rows at a time, since one large dump would hold the loop."""
+    """Yield a reply as one line of JSON; what is long comes in pieces, since one large dump would hold the loop."""
     head = {"type": request.get("action"), **envelope(request), **reply.body}
+    if reply.members:
+        yield format_line(head)[:-2] + b","
+        for start in range(1, len(reply.members), TEXT_PIECE_BYTES):
+            yield reply.members[start : start + TEXT_PIECE_BYTES]
+        yield b"\n"
+        return
     if not reply.name:
         yield format_line(head)
         return
@@ -10477,6 +10487,7 @@ def run_query(reader: CacheReader, sql: str, seconds: float, values: Mapping[str
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (QUERY_MEMORY_BYTES, QUERY_MEMORY_BYTES))
         resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 2, int(seconds) + 2))
+        os.nice(QUERY_NICE)
     result: list[QueryResult | Exception] = []
 
     def work() -> None:
@@ -10509,14 +10520,21 @@ def _checked(result: QueryResult | Exception) -> QueryResult:
 
 
 def query_helper(cache: str, seconds: str, out: TextIO) -> int:
-    """Be the helper process of the daemon's `query`: SQL on stdin, JSON on stdout."""
+    """Be the helper process of the daemon's `query`: SQL on stdin, JSON on stdout, which the daemon passes on as it is.
+
+    One that parsed and wrote it anew would tell nobody anything meanwhile.
+    """
     try:
         result = run_query(CacheReader(cache), sys.stdin.read(), float(seconds))
         rows = [[shown_value(value) for value in row] for row in result.rows]
         answer: JsonObject = {"columns": result.columns, "rows": rows, "is_cut": result.is_cut}
     except FabrikError as error:
         answer = {"error": error_message(error, {})}
-    out.write(json.dumps(answer))
+    text = json.dumps(answer)
+    if len(text) > QUERY_ANSWER_BYTES:
+        too_long = FabrikError(f"the answer is over {QUERY_ANSWER_BYTES >> 20} MiB", "ask for less of it")
+        text = json.dumps({"error": error_message(too_long, {})})
+    out.write(text)
     return 0
 
 
@@ -10654,8 +10672,8 @@ def resolve_connection(spec: ClusterSpec, timeout: float, helpers: Helpers) -> C
     return connection_from(resolved)._replace(files=file_times(resolved.get("files", [])))
 
 
-def query_in_process(settings: Settings, sql: str) -> JsonObject:
-    """Run user SQL in a helper process. Raises QueryTimeoutError, or RemoteError with its words."""
+def query_in_process(settings: Settings, sql: str) -> bytes:
+    """Return what query_helper answers in a process of its own. Raises QueryTimeoutError, FabrikError."""
     seconds = settings.timing.query
     try:
         done = subprocess.run(
@@ -10668,12 +10686,11 @@ def query_in_process(settings: Settings, sql: str) -> JsonObject:
         )
     except subprocess.TimeoutExpired:
         raise QueryTimeoutError(f"the query was ended after {seconds:g} s", "make it smaller") from None
-    answer = parse_json(done.stdout.decode("utf-8", "replace"))
-    if answer is None:
+    if done.stdout.startswith(b'{"error":'):
+        raise RemoteError(json.loads(done.stdout)["error"])
+    if not done.stdout.endswith(b"}"):
         raise FabrikError("the query needs too much memory or time", "make it smaller")
-    if "error" in answer:
-        raise RemoteError(answer["error"])
-    return answer
+    return done.stdout
 
 
 def credentials_helper(path: str, context: str, out: TextIO) -> int:
@@ -13858,8 +13875,8 @@ class DaemonKnowledge:
         with contextlib.closing(CacheReader(self._daemon.settings.cache)) as reader:
             return reader.run_details(run.run_id)
 
-    def query(self, sql: str) -> JsonObject:
-        """Return `columns` and `rows` of user SQL; takes a process. Raises FabrikError."""
+    def query(self, sql: str) -> bytes:
+        """Return `columns`, `rows` and `is_cut` of user SQL as a JSON text; takes a process. Raises FabrikError."""
         return query_in_process(self._daemon.settings, sql)
 
     def logs(self, lines: int, level: str) -> list[JsonObject]:

@@ -12,11 +12,12 @@ import subprocess
 import time
 import uuid
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlencode
 
 import fabrik_objects
 import pytest
 import yaml
-from clients import LinesClient
+from clients import LinesClient, WebSocketClient, http_request
 from commands import Done, refused
 from fabrik_objects import Report, run_id
 from fakes import Access, Authority, ModelServer
@@ -505,6 +506,23 @@ def test_the_daemon_goes_on_under_hostile_sql(world: World) -> None:
     server.put("jobs", fabrik_objects.job(80))
     wait_until(lambda: len(world.rows("runs", "list")) == 13, PATIENCE_S, "changes still come")
     assert world.host.rows("PRAGMA integrity_check")[0]["integrity_check"] == "ok"
+
+
+def test_a_long_answer_of_the_daemon_to_sql_is_whole_or_refused(world: World) -> None:
+    numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i, 'ü' || i AS name FROM n"
+    with LinesClient(world.host.socket) as lines, WebSocketClient(world.host.socket) as socket:
+        answers = [client.ask("query", sql=f"{numbers} LIMIT 10000", id=7) for client in (lines, socket)]
+        answers.append(http_request(world.host.socket, "/v1/query?" + urlencode({"sql": numbers, "id": 7})).message)
+        for answer, is_cut in zip(answers, (False, False, True)):
+            assert (answer["type"], answer["columns"], answer["is_cut"]) == ("query", ["i", "name"], is_cut)
+            assert [tuple(row) for row in answer["rows"]] == [(i, f"ü{i}") for i in range(1, 10_001)]
+            assert [part["cluster"] for part in answer["clusters"]] == ["dev", "prod"]
+        long = "SELECT printf('%.*c', 20000, 'x') FROM runs a, runs b, runs c LIMIT 1000"
+        refusal = lines.ask("query", sql=long)
+        assert (refusal["type"], refusal["code"], refusal["exit_code"]) == ("error", "failed", 1)
+        assert refusal["message"] == "the answer is over 16 MiB"
+        assert lines.ask("query", sql="SELECT nothing")["code"] == "bad_request"
+        assert lines.ask("query", sql='SELECT 1 AS "error"')["rows"] == [[1]]
 
 
 # ---------------------------------------------------------------- formats of real rows
