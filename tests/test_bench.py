@@ -25,6 +25,7 @@ SMALL: Final = {
     "cli": ["--runs", "10", "--turns", "1"],
     "scale": ["--sizes", "20x2", "--events", "40"],
     "idle": ["--clusters", "2", "--seconds", "0.1"],
+    "hostile_sql": ["--changes", "8", "--rounds", "1", "--beside", "1"],
 }
 
 
@@ -81,7 +82,7 @@ def test_it_runs(name: str, executable: Path, unpacked: Path) -> None:
 
 
 def test_there_is_a_small_one_of_each() -> None:
-    assert list(SMALL) == list(run.KINDS)
+    assert list(SMALL) == [*run.KINDS, "hostile_sql"]
 
 
 def test_goals_are_held_against_figures() -> None:

@@ -1,45 +1,41 @@
-#!/usr/bin/env python3
-"""Measure how long changes take from the API server's wire to a subscriber while hostile SQL runs beside the daemon.
+"""Measures how late changes are, from the API server's wire to a subscriber, while hostile SQL runs beside the daemon.
 
 The rounds take turns, in one run, with one daemon: nothing beside it; processes that only burn processor time, which
-tell what the machine itself makes of two more that are busy; the command `query`, again and again; and the daemon's own
-`query` request. The SQL never ends, takes all memory it gets, is slow where nothing can interrupt it, or has an answer
-of many megabytes. The figures are milliseconds, and ratios to the rounds with nothing beside.
+tell what the machine itself makes of as many more that are busy; the command `query`, again and again; the daemon's own
+`query` request. The SQL never ends, takes all the memory it gets, is slow where nothing can interrupt it, or has an
+answer of many megabytes. Figures are those of the median round: milliseconds, and ratios to nothing beside.
 
-    .venv/bin/python tests/bench/hostile_sql.py [--rounds 3] [--changes 400] [--rate 100] [--beside 2] [-o json]
+    .venv/bin/python tests/bench/hostile_sql.py [--rounds 3] [--changes 300] [--rate 100] [--beside 2] [-o json]
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import itertools
-import json
-import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-ROOT: Final = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests")]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-from bench.stream_latency import note_what_is_sent, number_in, percentile  # noqa: E402
-from clients import LinesClient  # noqa: E402 - found through the path above
-from fabrik_objects import Report, job, pod  # noqa: E402
-from fakes import Authority, ModelServer  # noqa: E402
-from harness import Cluster  # noqa: E402
-from hosts import Host  # noqa: E402
+from bench.latency import at_subscriber  # noqa: E402 - found through the path above
+from bench.measuring import Changes, followed, note_what_is_sent, options, percentile, show  # noqa: E402
+from clients import LinesClient  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    import argparse
+    from collections.abc import Callable
+
+    from hosts import Host
+
+    Work = Callable[[Host, threading.Event], int]
 
 RUNS: Final = 200
-SETTLE_S: Final = 1.0  # until what runs beside is under way
+PATIENCE_S: Final = 60.0
+UNDER_WAY_S: Final = 1.0  # until what runs beside has begun
 NUMBERS: Final = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT "
 HOSTILE: Final = (
     NUMBERS + "count(*) FROM n",
@@ -52,62 +48,12 @@ HOSTILE: Final = (
 )
 
 
-class Bench:
-    """One daemon with a subscriber, and the changes that it is told."""
-
-    def __init__(self, server: ModelServer, host: Host, subscriber: LinesClient) -> None:
-        self.host = host
-        self._server = server
-        self._subscriber = subscriber
-        self._sent = note_what_is_sent()
-        self._last = 0  # number of a change
-
-    def latencies(self, changes: int, rate: float) -> list[float]:
-        """Make so many changes; return how long each took, in seconds."""
-        numbers = range(self._last + 1, self._last + changes + 1)
-        self._last = numbers[-1]
-        changing = threading.Thread(target=self._change, args=(numbers, rate))
-        changing.start()
-        received: dict[int, float] = {}
-        while len(received) < changes:
-            line, now = self._subscriber.line(), time.perf_counter()
-            number = number_in(line.replace(b'"', b'\\"'))
-            if number is not None:
-                received[number] = now
-        changing.join()
-        return [received[number] - self._sent.pop(number) for number in numbers]
-
-    def _change(self, numbers: range, rate: float) -> None:
-        begun_at = time.perf_counter()
-        for place, number in enumerate(numbers):
-            time.sleep(max(0.0, begun_at + place / rate - time.perf_counter()))
-            report = Report(task=f"{number}:impl", finished=number, total=10**9)
-            self._server.put("pods", pod(number % RUNS, report=report))
+# ---------------------------------------------------------------- what runs beside
 
 
-@contextlib.contextmanager
-def made_bench() -> Iterator[Bench]:
-    """Start a daemon that follows a server, and subscribe."""
-    server = ModelServer(Authority())
-    for number in range(RUNS):
-        server.put("jobs", job(number))
-        server.put("pods", pod(number, report=Report(finished=0, total=10**9)))
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fabrik-bench-")))
-        stack.enter_context(server)
-        executable = ROOT / "dist" / "fabrik-daemon"
-        host = stack.enter_context(Host(executable, folder / "shiv", folder / "host", [Cluster(server)]))
-        host.start()
-        host.settle()
-        subscriber = stack.enter_context(LinesClient(host.socket, timeout_s=60))
-        subscriber.ask("subscribe", clusters=["*"])
-        yield Bench(server, host, subscriber)
-        host.stop()
-
-
-def burn(_host: Host, is_over: threading.Event) -> int:
+def burn(host: Host, is_over: threading.Event) -> int:
     """Keep a processor busy."""
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+    with subprocess.Popen([host.python, "-c", "while True: pass"]) as process:
         is_over.wait()
         process.kill()
     return 0
@@ -115,35 +61,31 @@ def burn(_host: Host, is_over: threading.Event) -> int:
 
 def by_command(host: Host, is_over: threading.Event) -> int:
     """Run one hostile query after the other by the command; return how many ended."""
-    ended = 0
-    for statement in itertools.cycle(HOSTILE):
+    for ended, statement in enumerate(itertools.cycle(HOSTILE)):
         with host.popen("query", statement, "-o", "json") as process:
             reading = threading.Thread(target=process.communicate)
             reading.start()
-            while process.poll() is None and not is_over.wait(0.01):
-                pass
+            while reading.is_alive() and not is_over.is_set():
+                reading.join(0.01)
             process.kill()
             reading.join()
         if is_over.is_set():
             return ended
-        ended += 1
-    return ended
+    raise AssertionError
 
 
 def by_request(host: Host, is_over: threading.Event) -> int:
     """Send one hostile query after the other to the daemon; return how many it answered."""
-    answered = 0
-    for statement in itertools.cycle(HOSTILE):
-        with LinesClient(host.socket, timeout_s=60) as client:
-            client.send(json.dumps({"action": "query", "sql": statement}).encode() + b"\n")
+    for answered, statement in enumerate(itertools.cycle(HOSTILE), 1):
+        with LinesClient(host.socket, PATIENCE_S) as client:
+            client.request("query", sql=statement)
             client.line()
-        answered += 1
         if is_over.is_set():
             return answered
-    return answered
+    raise AssertionError
 
 
-KINDS: Final[dict[str, Callable[[Host, threading.Event], int] | None]] = {
+BESIDE: Final[dict[str, Work | None]] = {
     "nothing": None,
     "burning": burn,
     "command": by_command,
@@ -151,82 +93,78 @@ KINDS: Final[dict[str, Callable[[Host, threading.Event], int] | None]] = {
 }
 
 
-class Round(NamedTuple):
-    """The latencies of one round, in seconds, and how many queries ended meanwhile."""
+# ---------------------------------------------------------------- what comes of it
 
-    latencies: list[float]
+
+class Round(NamedTuple):
+    """How late each change was, in seconds, and how many queries ended meanwhile."""
+
+    late: list[float]
     queries: int
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, list[Round]]:
-    """Return the rounds, by what ran beside."""
-    found: dict[str, list[Round]] = {kind: [] for kind in KINDS}
-    with made_bench() as bench:
-        bench.latencies(arguments.changes, arguments.rate)  # the first ones grow memory
-        for kind in list(KINDS) * arguments.rounds:
-            found[kind].append(measure_round(bench, KINDS[kind], arguments))
-    return found
-
-
-def measure_round(
-    bench: Bench, work: Callable[[Host, threading.Event], int] | None, options: argparse.Namespace
-) -> Round:
-    """Measure with so many threads beside that do some work until the round is over."""
+def measure_round(host: Host, work: Work | None, late: Callable[[], list[float]], beside: int) -> Round:
+    """Measure while so many threads do some work."""
     is_over, counts = threading.Event(), list[int]()
 
-    def beside() -> None:
+    def go_on() -> None:
         if work is not None:
-            counts.append(work(bench.host, is_over))
+            counts.append(work(host, is_over))
 
-    threads = [threading.Thread(target=beside) for _ in range(options.beside)]
+    threads = [threading.Thread(target=go_on) for _ in range(beside)]
     for thread in threads:
         thread.start()
-    time.sleep(SETTLE_S)
-    latencies = bench.latencies(options.changes, options.rate)
-    is_over.set()
-    for thread in threads:
-        thread.join()
-    return Round(latencies, sum(counts))
+    try:
+        time.sleep(UNDER_WAY_S)
+        found = late()
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join()
+    return Round(found, sum(counts))
 
 
-def figures(found: dict[str, list[Round]]) -> list[dict[str, Any]]:
-    """Return a row for each kind of company: milliseconds of its median round, and ratios to none."""
+def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return a row for each kind of company."""
+    sent = note_what_is_sent()
+    rounds: dict[str, list[Round]] = {kind: [] for kind in BESIDE}
+    with followed(RUNS, arguments.python) as (server, host):
+        changes = Changes(server, RUNS, arguments.rate)
 
-    def of(kind: str, share: float) -> float:
-        return statistics.median(percentile(each.latencies, share) for each in found[kind])
+        def late() -> list[float]:
+            seen = at_subscriber(host.socket, changes, arguments.changes)
+            return [at - sent[number] for number, at in seen.items()]
+
+        late()  # the first ones grow memory
+        for kind in list(BESIDE) * arguments.rounds:
+            rounds[kind].append(measure_round(host, BESIDE[kind], late, arguments.beside))
+
+    def median_ms(kind: str, share: float) -> float:
+        return 1000 * float(statistics.median(percentile(each.late, share) for each in rounds[kind]))
 
     return [
         {
             "beside": kind,
-            "queries": sum(each.queries for each in rounds),
-            "p50_ms": round(1000 * of(kind, 0.5), 2),
-            "p99_ms": round(1000 * of(kind, 0.99), 2),
-            "p50_ratio": round(of(kind, 0.5) / of("nothing", 0.5), 2),
-            "p99_ratio": round(of(kind, 0.99) / of("nothing", 0.99), 2),
+            "queries": sum(each.queries for each in rounds[kind]),
+            "p50_ms": round(median_ms(kind, 0.5), 2),
+            "p99_ms": round(median_ms(kind, 0.99), 2),
+            "p50_ratio": round(median_ms(kind, 0.5) / median_ms("nothing", 0.5), 2),
+            "p99_ratio": round(median_ms(kind, 0.99) / median_ms("nothing", 0.99), 2),
         }
-        for kind, rounds in found.items()
+        for kind in BESIDE
     ]
 
 
-def main() -> int:
+def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = options(__doc__)
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of each kind (default: 3)")
-    parser.add_argument("--changes", type=int, default=400, metavar="N", help="in each round (default: 400)")
+    parser.add_argument("--changes", type=int, default=300, metavar="N", help="in each round (default: 300)")
     parser.add_argument("--rate", type=float, default=100, metavar="N", help="changes a second (default: 100)")
     parser.add_argument("--beside", type=int, default=2, metavar="N", help="queries at a time (default: 2)")
-    parser.add_argument("-o", "--output", choices=("table", "json"), default="table", help="format (default: table)")
     arguments = parser.parse_args()
-    rows = figures(measure(arguments))
-    if arguments.output == "json":
-        load = round(os.getloadavg()[0], 2)
-        print(json.dumps({"benchmark": "hostile_sql", "cpus": os.cpu_count(), "load": load, "rows": rows}, indent=2))
-        return 0
-    print("".join(f"{name:>11}" for name in rows[0]))
-    for row in rows:
-        print("".join(f"{value!s:>11}" for value in row.values()))
-    return 0
+    show(measure(arguments), arguments.output)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
