@@ -5533,6 +5533,7 @@ class PodLineDecoder(LineDecoder):
 
     def _remember(self, cut: ReportCut, event: WatchEvent) -> WatchEvent:
         metadata, facts = object_at(event.object, "metadata"), facts_from(PODS.name, event.object)
+        facts = shared(facts) if facts else None  # what is told of the Pod from now on has these texts
         annotations = parse_json(cut.annotations.decode("utf-8", "replace"))
         is_own = metadata.get("resourceVersion") == cut.version.decode("utf-8", "replace")
         if isinstance(facts, PodFacts) and is_own and metadata.get("annotations") == annotations:
