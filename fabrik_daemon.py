@@ -13096,6 +13096,7 @@ class Follower:
         else:
             for part in commit_parts(commit):
                 self._cache.put(LateStatements(part))
+            self._cache.put([*also])
         if commit.changes:
             self.on_news(self._bus.publish(commit.changes))
             for take_in in self.on_changes:
