@@ -264,41 +264,6 @@ def writable(place):
         os.umask(umask)
 
 
-def bootstrap(tree):
-    """Have shiv's own bootstrap unpack this very tree, if it is not there, and run the program."""
-    import fcntl
-    import importlib.util
-    import io
-    import subprocess
-    import zipfile
-
-    import _bootstrap
-
-    extract = _bootstrap.extract_site_packages
-
-    def extract_privately(archive, *args):
-        umask = os.umask(0o077)
-        try:
-            with zipfile.ZipFile(io.BytesIO(archive.read("tree.zip"))) as packed:
-                extract(packed, *args)
-            # In a process of its own: compiling leaves 45 MB behind, which a daemon would keep as long as it lives.
-            # Of those who start at once one does it, a second's work, and the others wait for that.
-            module = os.path.join(tree, "site-packages", "fabrik_daemon.py")
-            with open(module, "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                if not os.path.exists(importlib.util.cache_from_source(module)):
-                    subprocess.call([sys.executable, "-I", "-m", "py_compile", module], stderr=subprocess.DEVNULL)
-        except OSError as error:
-            note("cannot unpack into %s: %s; SHIV_ROOT names another place" % (tree, error.strerror or error))
-            sys.exit(1)
-        finally:
-            os.umask(umask)
-
-    _bootstrap.cache_path = lambda *args: _bootstrap.Path(tree)
-    _bootstrap.extract_site_packages = extract_privately
-    _bootstrap.bootstrap()
-
-
 def main():
     if sys.version_info < (3, 9):
         note("needs Python 3.9 or newer, and %s is %d.%d" % ((sys.executable,) + tuple(sys.version_info[:2])))
@@ -323,7 +288,9 @@ def main():
         if found or (found is None and writable(place)):
             if unwritable:
                 note("cannot write safely to %s, so this is unpacked into %s" % (unwritable[0], place))
-            return bootstrap(tree)
+            import _unpack
+
+            return _unpack.bootstrap(tree, note)
         if found is None:
             unwritable.append(place)
         else:
@@ -336,7 +303,51 @@ main()
 END
 }
 
-# Writes what shiv made ($1) again as $3: with the __main__.py $2, entries sorted, and the same permissions whatever the umask.
+# The executable's _unpack.py, for a start that finds no tree to enter.
+bundle_unpack() {
+  cat <<'END'
+"""Unpack the tree."""
+import fcntl
+import importlib.util
+import io
+import os
+import subprocess
+import sys
+import zipfile
+
+import _bootstrap
+
+
+def bootstrap(tree, note):
+    """Have shiv's own bootstrap unpack this very tree, if it is not there, and run the program."""
+    extract = _bootstrap.extract_site_packages
+
+    def extract_privately(archive, *args):
+        umask = os.umask(0o077)
+        try:
+            with zipfile.ZipFile(io.BytesIO(archive.read("tree.zip"))) as packed:
+                extract(packed, *args)
+            # In a process of its own: compiling leaves 45 MB behind, which a daemon would keep as long as it lives.
+            # Of those who start at once one does it, a second's work, and the others wait for that.
+            module = os.path.join(tree, "site-packages", "fabrik_daemon.py")
+            with open(module, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if not os.path.exists(importlib.util.cache_from_source(module)):
+                    subprocess.call([sys.executable, "-I", "-m", "py_compile", module], stderr=subprocess.DEVNULL)
+        except OSError as error:
+            note("cannot unpack into %s: %s; SHIV_ROOT names another place" % (tree, error.strerror or error))
+            sys.exit(1)
+        finally:
+            os.umask(umask)
+
+    _bootstrap.cache_path = lambda *args: _bootstrap.Path(tree)
+    _bootstrap.extract_site_packages = extract_privately
+    _bootstrap.bootstrap()
+END
+}
+
+# Writes what shiv made ($1) again as $3: with the modules in the folder $2, entries sorted, the same permissions whatever
+# the umask, and nothing to be inflated before the program is entered.
 # What shiv's bootstrap unpacks stands in an archive of its own inside: Python reads the whole list of the outer one at every
 # start, and 1,700 entries there cost as much as half a bare interpreter.
 finish() {
@@ -346,7 +357,7 @@ import json
 import sys
 import zipfile
 
-made, main, target = sys.argv[1:]
+made, entry, target = sys.argv[1:]
 
 
 def add(archive, name, data, method=zipfile.ZIP_DEFLATED):
@@ -369,8 +380,9 @@ with zipfile.ZipFile(made) as source, zipfile.ZipFile(target, "a") as outer:
             elif name != "__main__.py":
                 add(outer, name, source.read(name))
     build_id = json.loads(source.read("environment.json"))["build_id"]
-    with open(main, "rb") as file:
-        add(outer, "__main__.py", file.read().replace(b"@BUILD_ID@", build_id.encode()))
+    for name in ("__main__.py", "_unpack.py"):
+        with open(f"{entry}/{name}", "rb") as file:
+            add(outer, name, file.read().replace(b"@BUILD_ID@", build_id.encode()), zipfile.ZIP_STORED)
     add(outer, "tree.zip", packed.getvalue(), zipfile.ZIP_STORED)
 END
   chmod 755 "$3"
@@ -396,10 +408,12 @@ build() {
   bill_of_materials build/tree
   "$tools/bin/python" -W ignore::DeprecationWarning -m shiv --reproducible --uncompressed --entry-point fabrik_daemon:run \
     --site-packages build/tree --output-file build/bundle.pyz
-  bundle_main >build/bundle_main.py
-  finish build/bundle.pyz build/bundle_main.py build/fabrik-daemon
+  mkdir -p build/entry
+  bundle_main >build/entry/__main__.py
+  bundle_unpack >build/entry/_unpack.py
+  finish build/bundle.pyz build/entry build/fabrik-daemon
   mv build/fabrik-daemon dist/fabrik-daemon
-  rm -rf build/tree build/bundle.pyz build/bundle_main.py
+  rm -rf build/tree build/bundle.pyz build/entry
   say "made dist/fabrik-daemon"
 }
 
