@@ -21,17 +21,17 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-from bench.latency import at_subscriber  # noqa: E402 - found through the path above
-from bench.measuring import Changes, followed, note_what_is_sent, options, percentile, show  # noqa: E402
+from bench.latency import to_subscriber  # noqa: E402 - found through the path above
+from bench.measuring import followed, options, percentile, show  # noqa: E402
 from clients import LinesClient  # noqa: E402
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
 
-    from hosts import Host
+    from links import LooseDaemon
 
-    Work = Callable[[Host, threading.Event], int]
+    Work = Callable[[LooseDaemon, threading.Event], int]
 
 RUNS: Final = 200
 PATIENCE_S: Final = 60.0
@@ -51,7 +51,7 @@ HOSTILE: Final = (
 # ---------------------------------------------------------------- what runs beside
 
 
-def burn(host: Host, is_over: threading.Event) -> int:
+def burn(host: LooseDaemon, is_over: threading.Event) -> int:
     """Keep a processor busy."""
     with subprocess.Popen([host.python, "-c", "while True: pass"]) as process:
         is_over.wait()
@@ -59,25 +59,19 @@ def burn(host: Host, is_over: threading.Event) -> int:
     return 0
 
 
-def by_command(host: Host, is_over: threading.Event) -> int:
+def by_command(host: LooseDaemon, is_over: threading.Event) -> int:
     """Run one hostile query after the other by the command; return how many ended."""
-    for ended, statement in enumerate(itertools.cycle(HOSTILE)):
-        with host.popen("query", statement, "-o", "json") as process:
-            reading = threading.Thread(target=process.communicate)
-            reading.start()
-            while reading.is_alive() and not is_over.is_set():
-                reading.join(0.01)
-            process.kill()
-            reading.join()
+    for ended, statement in enumerate(itertools.cycle(HOSTILE), 1):
+        host.cli("query", statement, "-o", "json")
         if is_over.is_set():
             return ended
     raise AssertionError
 
 
-def by_request(host: Host, is_over: threading.Event) -> int:
+def by_request(host: LooseDaemon, is_over: threading.Event) -> int:
     """Send one hostile query after the other to the daemon; return how many it answered."""
     for answered, statement in enumerate(itertools.cycle(HOSTILE), 1):
-        with LinesClient(host.socket, PATIENCE_S) as client:
+        with LinesClient(host.socket_path, PATIENCE_S) as client:
             client.request("query", sql=statement)
             client.line()
         if is_over.is_set():
@@ -103,7 +97,7 @@ class Round(NamedTuple):
     queries: int
 
 
-def measure_round(host: Host, work: Work | None, late: Callable[[], list[float]], beside: int) -> Round:
+def measure_round(host: LooseDaemon, work: Work | None, late: Callable[[], list[float]], beside: int) -> Round:
     """Measure while so many threads do some work."""
     is_over, counts = threading.Event(), list[int]()
 
@@ -126,14 +120,11 @@ def measure_round(host: Host, work: Work | None, late: Callable[[], list[float]]
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row for each kind of company."""
-    sent = note_what_is_sent()
     rounds: dict[str, list[Round]] = {kind: [] for kind in BESIDE}
-    with followed(RUNS, arguments.python) as (server, host):
-        changes = Changes(server, RUNS, arguments.rate)
+    with followed(RUNS, arguments.rate, arguments.python) as (server, host):
 
         def late() -> list[float]:
-            seen = at_subscriber(host.socket, changes, arguments.changes)
-            return [at - sent[number] for number, at in seen.items()]
+            return to_subscriber(host.socket_path, server, arguments.changes)
 
         late()  # the first ones grow memory
         for kind in list(BESIDE) * arguments.rounds:
