@@ -21871,11 +21871,14 @@ def _dispatch(argv: Sequence[str], out: TextIO, errors: TextIO) -> int:
 
 def _remote_of(command: Command, arguments: argparse.Namespace, environment: Mapping[str, str]) -> RemoteDaemon | None:
     """Return the remote daemon that a command is to ask. A place on this host leads over FABRIK_REMOTE."""
+    here = arguments.cache or arguments.socket
     if command.words not in _REMOTE_COMMANDS:
         if arguments.remote:
             raise RefusedError(f"'{command.words}' is for the daemon on its own host", "leave out --remote")
+        if command.words in ("query", "runs stats") and environment.get("FABRIK_REMOTE") and not here:
+            told = f"'{command.words}' reads the cache of this host, and FABRIK_REMOTE is set"
+            raise RefusedError(told, "name the cache with --cache, or unset FABRIK_REMOTE")
         return None
-    here = arguments.cache or arguments.socket
     url = arguments.remote or (None if here else environment.get("FABRIK_REMOTE"))
     if not url:
         return None

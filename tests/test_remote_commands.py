@@ -159,6 +159,9 @@ def test_what_is_for_the_daemons_own_host_is_refused(remote: RemoteHost, words: 
 
 def test_what_only_a_cache_can_answer_is_not_answered_from_the_wrong_one(remote: RemoteHost) -> None:
     refused(remote.ask("runs", "list", "--at", "1m"), 2, "--at reads the cache of this host")
+    for words in (("query", "SELECT 1"), ("runs", "stats")):
+        nowhere = {"FABRIK_REMOTE": remote.url, "FABRIK_CACHE": ""}
+        refused(remote.ask(*words, **nowhere), 9, "reads the cache of this host, and FABRIK_REMOTE is set", "--cache")
 
 
 def test_a_place_on_this_host_leads_over_the_environment(remote: RemoteHost) -> None:
