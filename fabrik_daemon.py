@@ -898,8 +898,10 @@ def time_text(value: object) -> str | None:
 @functools.lru_cache(maxsize=4096)  # an object says most of its times again with every change: 9 us each
 def _normal_time(text: str) -> str | None:
     epoch = epoch_of(text)
+    if epoch is None or text[4::3] == "--T::Z":  # in that form already, as Kubernetes writes it
+        return text if epoch is not None else None
     try:
-        return None if epoch is None else format_time(epoch // 1)
+        return format_time(epoch // 1)
     except (ValueError, OverflowError):  # the last second of the year 9999, rounded up
         return None
 
