@@ -10462,6 +10462,9 @@ def _past(connection: sqlite3.Connection, seq: int) -> Past:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+TOO_MUCH_MEMORY: Final = "the query needs too much memory", "make it smaller, or ask for less of it"
+
+
 class QueryTimeoutError(FabrikError):
     """User SQL took too long; its thread still runs, so the process must end at once."""
 
@@ -10517,7 +10520,7 @@ def _checked(result: QueryResult | Exception) -> QueryResult:
         return result
     words = str(result)
     if isinstance(result, MemoryError) or "out of memory" in words or "too big" in words:
-        raise FabrikError("the query needs too much memory", "make it smaller")
+        raise FabrikError(*TOO_MUCH_MEMORY)
     denied = any(word in words for word in ("not authorized", "prohibited", "readonly"))
     raise UsageError(f"SQL: {words}", "only SELECT is possible here" if denied else "see 'fabrik-daemon query --help'")
 
@@ -10530,10 +10533,11 @@ def query_helper(cache: str, seconds: str, out: TextIO) -> int:
     try:
         result = run_query(CacheReader(cache), sys.stdin.read(), float(seconds))
         rows = [[shown_value(value) for value in row] for row in result.rows]
-        answer: JsonObject = {"columns": result.columns, "rows": rows, "is_cut": result.is_cut}
+        text = json.dumps({"columns": result.columns, "rows": rows, "is_cut": result.is_cut})
     except FabrikError as error:
-        answer = {"error": error_message(error, {})}
-    text = json.dumps(answer)
+        text = json.dumps({"error": error_message(error, {})})
+    except MemoryError:
+        text = json.dumps({"error": error_message(FabrikError(*TOO_MUCH_MEMORY), {})})
     if len(text) > QUERY_ANSWER_BYTES:
         too_long = FabrikError(f"the answer is over {QUERY_ANSWER_BYTES >> 20} MiB", "ask for less of it")
         text = json.dumps({"error": error_message(too_long, {})})
@@ -20091,8 +20095,11 @@ def query(context: Context, arguments: argparse.Namespace) -> int:
     if result.is_cut:
         context.warn(f"only the first {QUERY_ROWS} rows are shown; add LIMIT or a condition")
     names = _different(result.columns)
-    answer = [dict(zip(names, map(shown_value, row))) for row in result.rows]
-    print_rows(context, arguments.output, columns_for(names), answer, names)
+    try:
+        answer = [dict(zip(names, map(shown_value, row))) for row in result.rows]
+        print_rows(context, arguments.output, columns_for(names), answer, names)
+    except MemoryError:
+        raise FabrikError(*TOO_MUCH_MEMORY) from None
     failed = arguments.fail_if == ("rows" if answer else "empty")
     return MATCHED_EXIT_CODE if failed else 0
 

@@ -220,6 +220,21 @@ def test_what_is_large_is_ended(statement: str, shell: Shell) -> None:
         assert done.peak_bytes < MEMORY_MAX_BYTES
 
 
+@pytest.mark.skipif(not memory_is_limited(), reason="this system does not hold a process to its memory")
+@pytest.mark.parametrize("output", ["table", "json", "csv"])
+def test_rows_that_fit_and_do_not_once_they_are_written_are_refused_in_a_line(output: str, shell: Shell) -> None:
+    done = shell.run(
+        "query",
+        numbers("SELECT printf(:form, 1000000, 1) AS text FROM n LIMIT 300"),
+        "--param",
+        "form=%0*d",
+        "-o",
+        output,
+    )
+    assert (done.code, done.stdout, done.stderr.count("\n")) == (1, "", 2)
+    assert "fabrik-daemon: the query needs too much memory: make it smaller, or ask for less of it\n" in done.stderr
+
+
 def test_only_so_many_rows_are_shown(shell: Shell) -> None:
     done = shell.run("query", "SELECT a.run_id FROM runs a, runs b LIMIT 20000", "-o", "json")
     assert (done.code, len(json.loads(done.stdout))) == (0, 10_000)
