@@ -10533,7 +10533,7 @@ def query_helper(cache: str, seconds: str, out: TextIO) -> int:
     try:
         result = run_query(CacheReader(cache), sys.stdin.read(), float(seconds))
         rows = [[shown_value(value) for value in row] for row in result.rows]
-        text = json.dumps({"columns": result.columns, "rows": rows, "is_cut": result.is_cut})
+        text = json.dumps({"columns": result.columns, "rows": rows, "is_cut": result.is_cut}, separators=(",", ":"))
     except FabrikError as error:
         text = json.dumps({"error": error_message(error, {})})
     except MemoryError:

@@ -402,7 +402,7 @@ def test_a_watch_that_could_not_see_the_store_restored_is_told_by_the_others(
         server.rewind(last + 10, server.uid)  # it counts on, past what the watch of pods has seen
         server.refuse("pods", 0)
         wait_until(lambda: daemon.watch("pods")["state"] == "watching", PATIENCE_S, "pods are watched again")
-        shown = "SELECT name FROM objects WHERE resource = 'pods' AND facts NOT LIKE '%\"gone\":%'"
+        shown = "SELECT name FROM objects WHERE resource = 'pods' AND json_extract(facts, '$.gone') IS NULL"
         expected = [{"name": pod(1)["metadata"]["name"]}]
         wait_until(lambda: daemon.rows(shown) == expected, PATIENCE_S, "the Pod that is no more")
 
