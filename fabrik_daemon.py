@@ -3765,7 +3765,7 @@ class Bus:
         self._lost = past.lost
         self._groups: dict[Filter, dict[Subscription, None]] = {}  # who asks for the same is told the same
         for change in past.changes:
-            self._remember(change._replace(row_json=format_json_text(change.row._asdict())))
+            self._remember(change._replace(row_json=format_record(change.row)))
 
     def publish(self, changes: Iterable[Change]) -> list[Subscription]:
         """Queue changes with those who asked for them; return who has something to read now."""
@@ -5384,8 +5384,9 @@ class WatchEvent(NamedTuple):
     facts: Facts | None = None  # of the object, where the decoder knows them; it then holds little but their names
 
     def project(self, resource_name: str) -> Facts | None:
-        """Return what is kept of the object, as `facts_from` does."""
-        return self.facts or facts_from(resource_name, self.object)
+        """Return what is kept of the object, as `facts_from` does, of shared texts."""
+        facts = self.facts or facts_from(resource_name, self.object)
+        return shared(facts) if facts and facts is not self.facts else facts
 
     @property
     def name(self) -> tuple[str, str]:
@@ -5468,7 +5469,7 @@ class ReportCut(NamedTuple):
     """A Pod's line, cut around what every report changes. `head` names the event's type and the Pod."""
 
     head: bytes
-    version: bytes
+    version: str
     annotations: bytes
     rest: bytes  # labels, owners, spec, status: all else but managedFields
 
@@ -5494,7 +5495,7 @@ def cut_report(line: bytes) -> ReportCut | None:
     end = end if end >= 0 else line.find(b',"finalizers":[', start, managed)
     end = end if end >= 0 else managed
     rest = b"".join((line[version_end:start], line[end:managed], line[managed_end:]))
-    return ReportCut(line[:version], line[version + 20 : version_end], line[start + 15 : end], rest)
+    return ReportCut(line[:version], line[version + 20 : version_end].decode(), line[start + 15 : end], rest)
 
 
 class _KnownPod(NamedTuple):
@@ -5527,17 +5528,16 @@ class PodLineDecoder(LineDecoder):
                 names = {"namespace": facts.namespace, "name": facts.name}
                 return WatchEvent(
                     known.type,
-                    {"metadata": {**names, "resourceVersion": cut.version.decode("utf-8", "replace")}},
+                    {"metadata": {**names, "resourceVersion": cut.version}},
                     facts,
                 )
         event = super()._event(line)
         return self._remember(cut, event) if cut else event
 
     def _remember(self, cut: ReportCut, event: WatchEvent) -> WatchEvent:
-        metadata, facts = object_at(event.object, "metadata"), facts_from(PODS.name, event.object)
-        facts = shared(facts) if facts else None  # what is told of the Pod from now on has these texts
+        metadata, facts = object_at(event.object, "metadata"), event.project(PODS.name)
         annotations = parse_json(cut.annotations.decode("utf-8", "replace"))
-        is_own = metadata.get("resourceVersion") == cut.version.decode("utf-8", "replace")
+        is_own = metadata.get("resourceVersion") == cut.version
         if isinstance(facts, PodFacts) and is_own and metadata.get("annotations") == annotations:
             if len(self._known) >= PODS_REMEMBERED:
                 self._known.clear()
@@ -10964,7 +10964,7 @@ class ResponseReader:
         if facts is None:
             items.pop(event.name, None)
         else:
-            items[event.name] = shared(facts)
+            items[event.name] = facts
 
     @property
     def is_refused(self) -> bool:
